@@ -420,6 +420,11 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def human_bytes(count: float) -> str:
     """Return a byte count as people write it: 999 B, 1.5 MB, 2.20 GB (powers of ten)."""
     for unit, size, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
@@ -569,9 +574,51 @@ def fetch_dataset(config: FineTuningConfig) -> DatasetFile:
 # ======================================================================================
 
 
+# TinyLlama-Chat's (Zephyr's) format, for tokenizers that bring no template of their own.
+DEFAULT_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
 def load_tokenizer(model_name: str) -> "PreTrainedTokenizerFast":
-    """Load the tokenizer as llama.cpp will see it: tokenizer.json read as it is."""
-    raise NotImplementedError
+    """Load the tokenizer of `model_name` (a hub id or a local folder) as llama.cpp will see it.
+
+    AutoTokenizer of transformers 5 rebuilds Llama tokenizers and then splits the text after `</s>`
+    differently from tokenizer.json and llama.cpp, so tokenizer.json is read as it is.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(model_name)
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+        ):  # no tokenizer.json: converted from tokenizer.model
+            tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
+            log.info("%s has no tokenizer.json; its tokenizer was converted", model_name)
+    except (OSError, ValueError, ImportError) as error:
+        raise FineTuningError(
+            f"The tokenizer of {model_name} cannot be loaded: {first_line(error)}",
+            hint="Check model_name: a Hugging Face id, or a folder with config.json, "
+            "model.safetensors and tokenizer.json.",
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise FineTuningError(
+            f"The tokenizer of {model_name} has no end-of-sequence token, so no model could learn "
+            "where an answer ends.",
+            hint="Choose a base model whose tokenizer has an eos_token.",
+        )
+    if tokenizer.chat_template is None:
+        log.info("%s has no chat template: TinyLlama's is used", model_name)
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def render_chat(
@@ -580,13 +627,29 @@ def render_chat(
     *,
     add_generation_prompt: bool,
 ) -> str:
-    """Render messages ({"role", "content"}) with the chat template; text, as it will be served."""
-    raise NotImplementedError
+    """Render messages ({"role", "content"}) with the chat template: the text that is served."""
+    from jinja2.exceptions import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        raise FineTuningError(
+            f"The model's chat template refuses these messages: {first_line(error)}",
+            hint="Some templates take no system message, or only alternating turns.",
+        ) from error
+    assert isinstance(text, str)
+    return text
 
 
 def tokenize_rendered(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
-    """Tokenize rendered text with exactly one BOS where the tokenizer has one."""
-    raise NotImplementedError
+    """Tokenize rendered text as llama.cpp does, with special tokens and never two BOS."""
+    bos = tokenizer.bos_token
+    if bos and text.startswith(bos):  # the template wrote it
+        ids = tokenizer(text.removeprefix(bos))["input_ids"]
+        return ids if ids[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id, *ids]
+    return tokenizer(text)["input_ids"]
 
 
 def prepare_dataset(file: DatasetFile, config: FineTuningConfig) -> PreparedData:
