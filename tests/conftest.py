@@ -1,0 +1,269 @@
+"""Fixtures for all tests: the program in a clean environment, a tiny model, a real S3 server."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before any test imports torch, transformers or boto3: no network, no telemetry, no cloud metadata.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TOKENIZERS_PARALLELISM="false",
+    AWS_EC2_METADATA_DISABLED="true",
+)
+sys.path.insert(0, str(ROOT))  # so that tests can import the program
+
+# Whatever begins so in the developer's shell must not reach the program under test.
+FOREIGN_VARIABLES = (
+    "R2_",
+    "AWS_",
+    "HF_",
+    "HUGGING",
+    "TRANSFORMERS_",
+    "OMP_",
+    "MKL_",
+    "WANDB",
+    "UNIFIED_FINETUNE_",
+)
+FOREIGN_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTHONPATH")
+
+
+@dataclass(frozen=True)
+class CliResult:
+    """Hold what one call of the program did."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def clean_environment(home: Path) -> "dict[str, str]":
+    """Return this environment without what would change the program's behaviour."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(FOREIGN_VARIABLES) and name not in FOREIGN_NAMES
+    }
+    quiet = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(home / "huggingface"),
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "COLUMNS": "100",
+    }
+    return {**kept, **quiet}
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copy the program to a folder of its own, where no developer's .env lies beside it."""
+    return Path(shutil.copy(ROOT / "unified_finetune.py", tmp_path_factory.mktemp("program")))
+
+
+@pytest.fixture
+def cli_environment(tmp_path_factory: pytest.TempPathFactory) -> "dict[str, str]":
+    """Return the environment of `run_cli`, for tests that start processes themselves."""
+    return clean_environment(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def run_cli(
+    program: Path, cli_environment: "dict[str, str]", tmp_path: Path
+) -> "Callable[..., CliResult]":
+    """Return a function that runs the real program: `run_cli("check", "--seed", 1, env={...})`.
+
+    `env` adds variables, `cwd` is the test's own `tmp_path` by default, `input` is text for stdin
+    (otherwise stdin is empty), `timeout` is in seconds.
+    """
+
+    def call(
+        *args: object,
+        env: "Mapping[str, str] | None" = None,
+        cwd: "Path | None" = None,
+        input: "str | None" = None,
+        timeout: float = 600,
+    ) -> CliResult:
+        done = subprocess.run(
+            [sys.executable, str(program), *map(str, args)],
+            env={**cli_environment, **(env or {})},
+            cwd=cwd or tmp_path,
+            input=input or "",
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=timeout,
+        )
+        return CliResult(done.returncode, done.stdout, done.stderr)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """Return the folder of real models, tokenizers and data; without it the test is skipped."""
+    folder = os.environ.get("UNIFIED_FINETUNE_ASSETS")
+    if not folder:
+        pytest.skip("UNIFIED_FINETUNE_ASSETS names no folder with real models and data")
+    path = Path(folder).resolve()
+    if not path.is_dir():
+        pytest.fail(f"UNIFIED_FINETUNE_ASSETS={folder} is not a folder")
+    return path
+
+
+@pytest.fixture(scope="session")
+def sample_data() -> Path:
+    """Return the sample data set that comes with the program."""
+    return ROOT / "tests" / "data" / "college_advisor_sample.json"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a tiny Llama of random weights and a tokenizer like TinyLlama's."""
+    from make_demo_model import build_tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    build_tiny_model(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """Name a running S3 server and the one user it knows."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+
+    def client(self, **changes: Any) -> Any:
+        """Return a boto3 client for it; `changes` overrides arguments of `boto3.client`."""
+        import boto3
+        from botocore.config import Config
+
+        arguments: dict[str, Any] = {
+            "endpoint_url": self.endpoint,
+            "aws_access_key_id": self.access_key,
+            "aws_secret_access_key": self.secret_key,
+            "region_name": "auto",
+            "config": Config(
+                s3={"addressing_style": "path"},
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+            ),
+        }
+        return boto3.client("s3", **{**arguments, **changes})
+
+    def environment(self) -> "dict[str, str]":
+        """Return the R2 variables that make the program use this server."""
+        return {
+            "R2_ENDPOINT_URL": self.endpoint,
+            "R2_ACCESS_KEY_ID": self.access_key,
+            "R2_SECRET_ACCESS_KEY": self.secret_key,
+        }
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Name a bucket on the server, empty when the test starts."""
+
+    name: str
+    server: S3Server
+    client: Any
+
+    def put(self, key: str, body: bytes) -> str:
+        """Store an object and return its ETag, without the quotes."""
+        return self.client.put_object(Bucket=self.name, Key=key, Body=body)["ETag"].strip('"')
+
+    def environment(self) -> "dict[str, str]":
+        """Return the R2 variables that make the program use this bucket."""
+        return {**self.server.environment(), "R2_BUCKET_NAME": self.name}
+
+
+def has_xattrs(folder: str) -> bool:
+    """Tell whether files in `folder` can have extended attributes: Swift keeps metadata there."""
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        try:
+            os.setxattr(file.name, "user.swift", b"x" * 200)
+        except OSError:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def folder_for_swift() -> Iterator[Path]:
+    """Make a temporary folder on a file system that Swift can use, or skip the test."""
+    if sys.platform != "linux":
+        pytest.skip("Swift runs on Linux only")
+    (ROOT / "cache").mkdir(exist_ok=True)
+    for place in (tempfile.gettempdir(), "/var/tmp", str(ROOT / "cache")):
+        if has_xattrs(place):
+            with tempfile.TemporaryDirectory(prefix="swift-", dir=place) as name:
+                yield Path(name)
+            return
+    pytest.skip("Swift needs a file system with extended attributes; no temporary folder has them")
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """Start OpenStack Swift, a real S3-compatible server, on free ports of the loopback interface.
+
+    UNIFIED_FINETUNE_SWIFT_PYTHON names the Python that has the package `swift` (tests/run.sh sets
+    it). The access key has the form account:user, for that is how Swift's tempauth names users.
+    """
+    python = os.environ.get("UNIFIED_FINETUNE_SWIFT_PYTHON")
+    if not python:
+        pytest.skip(
+            "UNIFIED_FINETUNE_SWIFT_PYTHON names no Python with Swift; tests/run.sh sets it"
+        )
+    access, secret = "test:tester", "a-secret-of-the-tests-4f1c9b"
+    with folder_for_swift() as folder:
+        command = [python, "-W", "ignore", str(ROOT / "tests" / "s3_server.py")]
+        with (folder / "stderr.txt").open("w") as stderr:
+            process = subprocess.Popen(
+                [*command, str(folder), access, secret],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+        assert process.stdin and process.stdout
+        try:
+            with kill_after(60, process):
+                port = process.stdout.readline().strip()
+            if not port:
+                pytest.fail("Swift did not start:\n" + (folder / "stderr.txt").read_text()[-2000:])
+            yield S3Server(f"http://127.0.0.1:{port}", access, secret)
+        finally:
+            process.stdin.close()
+            process.wait(timeout=30)
+
+
+@contextlib.contextmanager
+def kill_after(seconds: float, process: "subprocess.Popen[str]") -> Iterator[None]:
+    """Kill the process unless the block is left in time."""
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@pytest.fixture
+def bucket(s3_server: S3Server) -> Bucket:
+    """Return a new, empty bucket on the S3 server."""
+    client = s3_server.client()
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    client.create_bucket(Bucket=name)
+    return Bucket(name, s3_server, client)
