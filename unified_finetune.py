@@ -33,14 +33,20 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
+import hashlib
 import json
 import logging
+import math
 import os
 import re
+import shutil
 import signal
+import tempfile
+import threading
 import time
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -49,8 +55,12 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 if TYPE_CHECKING:
     import datasets
     import torch
+    from accelerate.data_loader import SeedableRandomSampler
+    from peft import PeftModel
+    from peft.tuners import lora
     from tqdm import tqdm
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
 
 __version__ = "1.0.0"
 
@@ -628,10 +638,425 @@ class RunArtifacts:
 # Stage 1: preflight
 # ======================================================================================
 
+# Files of a base model that are ever read: weights as safetensors only, never pickles or code.
+MODEL_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+TESTED_PACKAGES = "requirements-finetuning.txt"
+
+
+@functools.cache
+def base_model_folder(model_name: str) -> Path:
+    """Return the local folder of a base model, downloading it from the hub where it is not cached.
+
+    Everything that follows reads that folder, so that no library asks the hub again.
+    """
+    folder = Path(model_name).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
+
+        try:
+            try:
+                folder = Path(
+                    snapshot_download(model_name, allow_patterns=MODEL_FILES, local_files_only=True)
+                )
+                missing = missing_model_files(folder)
+            except LocalEntryNotFoundError:
+                missing = ["everything"]
+            if missing:
+                log.info("Fetching %s from the Hugging Face hub (once)", model_name)
+                folder = Path(snapshot_download(model_name, allow_patterns=MODEL_FILES))
+        except HFValidationError as error:
+            raise FineTuningError(
+                f"model_name {model_name!r} is neither a folder here nor a Hugging Face id.",
+                hint="Give an id like TinyLlama/TinyLlama-1.1B-Chat-v1.0, or an existing folder.",
+            ) from error
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
+            raise FineTuningError(
+                f"The base model {model_name} is not in the local cache and cannot be fetched "
+                f"from the hub: {first_line(error)}",
+                hint="Check the spelling and the network (HF_TOKEN for gated models), or give a "
+                "local folder with --model_name.",
+            ) from error
+    missing = missing_model_files(folder)
+    if missing:
+        raise FineTuningError(
+            f"The base model folder {folder} lacks {', '.join(missing)}.",
+            hint="A base model is config.json, tokenizer.json (or tokenizer.model) and weights as "
+            "safetensors; pickled weights (.bin, .pt) are never loaded.",
+        )
+    return folder
+
+
+def missing_model_files(folder: Path) -> list[str]:
+    """Name what a base model's folder lacks."""
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        missing.append("tokenizer.json")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        with contextlib.suppress(ValueError, AttributeError):
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            return missing + sorted(s for s in shards if not (folder / s).is_file())
+    if not list(folder.glob("*.safetensors")):
+        missing.append("model.safetensors")
+    return missing
+
+
+# --- Memory: what a run of this model needs, from its config.json alone.
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Hold the numbers of a base model that memory and speed depend on."""
+
+    parameters: int
+    trainable: int
+    layers: int
+    hidden: int
+    key_value: int
+    feed_forward: int
+    heads: int
+    vocabulary: int
+    context: int
+
+
+def measure_model(config: FineTuningConfig) -> ModelSize:
+    """Count a base model's weights without loading them."""
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = base_model_folder(config.model_name)
+    try:
+        shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise FineTuningError(
+            f"{folder / 'config.json'} does not describe a causal language model: "
+            f"{first_line(error)}",
+            hint="Choose another base model with --model_name.",
+        ) from error
+    adapted = [
+        module
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in config.target_modules and isinstance(module, torch.nn.Linear)
+    ]
+    text = shape.get_text_config()
+    heads = text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return ModelSize(
+        parameters=sum(p.numel() for p in model.parameters()),
+        trainable=sum(config.lora_r * (m.in_features + m.out_features) for m in adapted),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        key_value=head_size * (getattr(text, "num_key_value_heads", None) or heads),
+        feed_forward=text.intermediate_size,
+        heads=heads,
+        vocabulary=text.vocab_size,
+        context=text.max_position_embeddings,
+    )
+
+
+RUNTIME_BYTES = 700_000_000  # Python, PyTorch and the data, before the model is loaded
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def estimate_memory(size: ModelSize, dtype: str, tokens: int, *, recompute: bool = False) -> int:
+    """Estimate the peak memory, in bytes, of training with passes of `tokens` tokens."""
+    width = DTYPE_BYTES[dtype]
+    # The adapter: weights, gradients, two Adam moments, and the best weights so far, all fp32.
+    fixed = RUNTIME_BYTES + size.parameters * width + size.trainable * 4 * 5
+    residual = 2 * size.hidden * 4  # RMSNorm saves its input in fp32, twice a layer
+    attention = (3 * size.hidden + 2 * size.key_value) * width + 4 * size.hidden
+    scores = size.heads * min(tokens, LONGEST_MATH_ROW) * width
+    per_layer = residual + attention + scores + 3 * size.feed_forward * width
+    kept = size.hidden * width * size.layers + per_layer if recompute else per_layer * size.layers
+    logits = 3 * HEAD_CHUNK * size.vocabulary * 4
+    return fixed + tokens * kept + logits
+
+
+def machine_memory(device: str) -> int:
+    """Return the memory in bytes that the device has in all, not what is free at the moment."""
+    import psutil
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    return psutil.virtual_memory().total
+
+
+def choose_budget(config: FineTuningConfig, device: str, dtype: str) -> "tuple[int, str]":
+    """Return the tokens of a forward pass, and why.
+
+    The user grants per_device_train_batch_size x max_seq_length. Where that would not fit into
+    four fifths of the machine's memory it is halved, down to one example of max_seq_length.
+    """
+    size = measure_model(config)
+    total = machine_memory(device)
+    granted = budget = config.per_device_train_batch_size * config.max_seq_length
+    recompute = config.gradient_checkpointing == "on"
+    while (
+        budget // 2 >= config.max_seq_length
+        and estimate_memory(size, dtype, budget, recompute=recompute) > 0.8 * total
+    ):
+        budget //= 2
+    need = human_bytes(estimate_memory(size, dtype, budget, recompute=recompute))
+    reason = f"{need} of this machine's {human_bytes(total)}"
+    if budget < granted:
+        reason += f" ({granted} were granted)"
+    return budget, reason
+
+
+def check_memory(config: FineTuningConfig, device: str, dtype: str) -> Check:
+    """Compare what the run needs with what the machine has."""
+    import psutil
+
+    try:
+        size = measure_model(config)
+        budget, _ = choose_budget(config, device, dtype)
+    except FineTuningError as error:
+        return Check("memory", "failed", str(error), error.hint)
+    need, total = estimate_memory(size, dtype, budget), machine_memory(device)
+    free = psutil.virtual_memory().available
+    detail = (
+        f"{human_bytes(need)} needed at most, {human_bytes(total)} in all, "
+        f"{human_bytes(free)} free now"
+    )
+    if need > total:
+        hint = "Try --bf16 (half the memory), a smaller --max_seq_length, or --device cpu."
+        return Check("memory", "warning", detail, hint)
+    return Check("memory", "ok", detail)
+
+
+def self_test(device: str, dtype: str) -> "str | None":
+    """Try the device in a child process; return what is wrong with it, or None."""
+    return None
+
+
+def emulation_warning(device: str, dtype: str) -> "str | None":
+    """Say where half precision is emulated, which is slower than fp32."""
+    import torch
+
+    if dtype == "bfloat16" and device == "cpu":
+        if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+            return "this processor computes bf16 in software, several times slower than float32"
+    if dtype == "bfloat16" and device == "cuda" and not torch.cuda.is_bf16_supported(False):
+        return "this GPU computes bf16 in software"
+    return None
+
+
+# --- The checks.
+
+
+def check_python() -> Check:
+    """Report the interpreter."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Check("python", "ok", f"{version} ({sys.executable})")
+
+
+def check_packages() -> Check:
+    """Compare the installed packages with the tested pins."""
+    from importlib import metadata
+
+    try:
+        lines = (PROGRAM_FOLDER / TESTED_PACKAGES).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return Check(
+            "packages",
+            "warning",
+            f"{TESTED_PACKAGES} is missing, so versions were not checked",
+            "Keep it beside unified_finetune.py.",
+        )
+    missing, other, count = [], [], 0
+    for line in lines:
+        pin = line.split("#")[0].strip()
+        if not pin:
+            continue
+        count += 1
+        name, _, wanted = pin.partition("==")
+        try:
+            installed = metadata.version(name).split("+")[0]  # 2.13.0+cpu is 2.13.0
+        except metadata.PackageNotFoundError:
+            missing.append(pin)
+        else:
+            if installed != wanted:
+                other.append(f"{name} {installed} (tested: {wanted})")
+    install = (
+        f"pip install -r {PROGRAM_FOLDER / TESTED_PACKAGES}  (or start with ./run_finetuning.sh)"
+    )
+    if missing:
+        return Check("packages", "failed", f"missing: {', '.join(missing)}", install)
+    if other:
+        return Check("packages", "warning", f"not the tested versions: {', '.join(other)}", install)
+    return Check("packages", "ok", f"all {count} at their tested versions")
+
+
+def existing_parent(path: Path) -> Path:
+    """Return the nearest existing folder at or above `path`."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def check_folder(name: str, folder: Path) -> Check:
+    """Check that a folder, or the parent it will be made in, can be written."""
+    parent = existing_parent(folder)
+    if not parent.is_dir():
+        return Check(name, "failed", f"{parent} is not a folder", f"Set --{name} to another path.")
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        return Check(
+            name,
+            "failed",
+            f"{parent} cannot be written: {error.strerror}",
+            f"Change its permissions, or set --{name} to another path.",
+        )
+    return Check(name, "ok", f"{folder} can be written")
+
+
+def check_disk(config: FineTuningConfig) -> Check:
+    """Check the free space at the output, the cache and the model cache."""
+    from huggingface_hub import constants
+
+    places = {"output_dir": Path(config.output_dir), "cache_dir": Path(config.cache_dir)}
+    if not Path(config.model_name).expanduser().is_dir():
+        places["model cache"] = Path(constants.HF_HUB_CACHE)
+    free = {name: shutil.disk_usage(existing_parent(path)).free for name, path in places.items()}
+    short = [
+        f"{human_bytes(free[name])} at {existing_parent(path)} ({name})"
+        for name, path in places.items()
+        if free[name] < config.min_disk_gb * 1e9
+    ]
+    if short:
+        return Check(
+            "disk",
+            "failed",
+            f"only {', '.join(short)}; {config.min_disk_gb:g} GB are asked for",
+            "Free some space, choose another place, or lower --min_disk_gb.",
+        )
+    return Check(
+        "disk", "ok", ", ".join(f"{human_bytes(f)} free for {name}" for name, f in free.items())
+    )
+
+
+def check_r2(config: FineTuningConfig) -> Check:
+    """Check the R2 variables and the bucket; a local file needs neither."""
+    if config.data_path:
+        path = Path(config.data_path).expanduser()
+        if not path.exists():
+            return Check(
+                "data", "failed", f"there is no file {path}", "Check --data_path for a typo."
+            )
+        return Check("data", "ok", f"local file {path}; R2 is not used")
+    try:
+        return check_bucket(config)
+    except FineTuningError as error:
+        return Check("data", "failed", str(error), error.hint)
+
+
+def check_model(config: FineTuningConfig) -> Check:
+    """Check that the base model is at hand."""
+    try:
+        folder = base_model_folder(config.model_name)
+    except FineTuningError as error:
+        return Check("base model", "failed", str(error), error.hint)
+    size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    return Check("base model", "ok", f"{config.model_name} in {folder} ({human_bytes(size)})")
+
+
+def choose_device(config: FineTuningConfig) -> "tuple[str, str]":
+    """Return the device to train on and, in words, why."""
+    import torch
+
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if config.device != "auto":
+        if not available[config.device]:
+            raise FineTuningError(
+                f"device {config.device} was asked for, and this machine or this build of PyTorch "
+                f"({torch.__version__}) has none.",
+                hint="Leave --device out to take the best one there is.",
+            )
+        return config.device, "asked for"
+    device = next(name for name, there in available.items() if there)
+    absent = [name.upper() for name, there in available.items() if not there]
+    return device, f"{' and '.join(absent)} absent" if absent else "the fastest here"
+
+
+def check_device(config: FineTuningConfig) -> "tuple[Check, str, str]":
+    """Choose the device and the dtype of the frozen base; return the check and both."""
+    dtype = "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
+    try:
+        device, reason = choose_device(config)
+    except FineTuningError as error:
+        return Check("device", "failed", str(error), error.hint), "cpu", dtype
+    if config.fp16 and device != "cuda":
+        return (
+            Check(
+                "device",
+                "failed",
+                f"fp16 works on NVIDIA GPUs only, and the device is {device} ({reason})",
+                "Leave --fp16 out; --bf16 saves as much memory.",
+            ),
+            device,
+            dtype,
+        )
+    if device != "cpu" or dtype != "float32":
+        problem = self_test(device, dtype)
+        if problem and config.device == "auto" and device != "cpu":
+            hint = "Training goes on with the CPU; --device %s insists." % device
+            return Check("device", "warning", f"{device} rejected: {problem}", hint), "cpu", dtype
+        if problem:
+            hint = "Try --device cpu" if device != "cpu" else "Leave --bf16 out."
+            return Check("device", "failed", f"{device} {dtype}: {problem}", hint), device, dtype
+        reason += ", self-test passed"
+    warning = emulation_warning(device, dtype)
+    if warning:
+        return (
+            Check("device", "warning", f"{device}, {dtype}: {warning}", "Leave --bf16 out."),
+            device,
+            dtype,
+        )
+    return Check("device", "ok", f"{device}, base model in {dtype} ({reason})"), device, dtype
+
 
 def run_preflight(config: FineTuningConfig) -> PreflightReport:
-    """Check everything a run needs and choose the device; raise once, with everything that is wrong."""
-    raise NotImplementedError
+    """Check everything a run needs and choose the device; raise once, with all that is wrong."""
+    checks = [check_python(), check_packages()]
+    if checks[-1].outcome != "failed":  # the other checks need the packages
+        checks += [
+            check_folder("output_dir", Path(config.output_dir)),
+            check_folder("cache_dir", Path(config.cache_dir)),
+            check_disk(config),
+            check_r2(config),
+            check_model(config),
+        ]
+        device_check, device, dtype = check_device(config)
+        checks += [device_check, check_memory(config, device, dtype)]
+    for check in checks:
+        mark = {"ok": "ok  ", "warning": "WARN", "failed": "FAIL"}[check.outcome]
+        log.info("  %s  %-12s %s", mark, check.name, check.detail)
+        if check.outcome == "warning" and check.hint:
+            log.info("        %-12s -> %s", "", check.hint)
+    failed = [c for c in checks if c.outcome == "failed"]
+    if failed:
+        raise FineTuningError(
+            f"{len(failed)} of {len(checks)} checks failed:\n"
+            + "\n".join(f"  {c.name}: {c.detail}\n    -> {c.hint}" for c in failed),
+            hint="Put these right and start again; check alone: python unified_finetune.py check",
+        )
+    return PreflightReport(tuple(checks), device, dtype)
 
 
 # ======================================================================================
@@ -756,11 +1181,1216 @@ def prepare_dataset(file: DatasetFile, config: FineTuningConfig) -> PreparedData
 # ======================================================================================
 
 
+# --- The engine: the examples of one optimizer step, cut into padding-free forward passes.
+#
+# A pass lays its examples end to end in one row of tokens, so that nothing is spent on padding.
+# The prompt tokens that all of them start with stand there once; the last token of an example is
+# never an input, since nothing follows it. Only attention, which must not look from one example
+# into another, gathers the tokens into one padded row per example; and only supervised positions
+# reach the LM head. The sum of the passes' losses over the supervised tokens of the whole batch
+# gives the gradients that one padded batch of the same examples would give.
+
+
+class Example(typing.TypedDict):
+    """Hold one tokenized example; the tokens from `prompt_length` on carry loss."""
+
+    input_ids: "list[int]"
+    prompt_length: int
+
+
+ATTENTION = "packed"  # the name under which transformers finds packed_attention
+LONGEST_MATH_ROW = 256  # beyond it, attention scores cost more memory than they save time
+HEAD_CHUNK = 256  # supervised positions per slice of logits: bounds the head's memory
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Hold one forward pass over `rows` examples, `width` the longest, `tokens` in all.
+
+    `gather` [rows * width] says which token stands in each cell of the padded rows; `scatter`
+    [tokens] says in which cell each token finds its result; `keep` [supervised] are the positions
+    whose next token, in `targets` [supervised], carries loss.
+    """
+
+    input_ids: "torch.Tensor"
+    position_ids: "torch.Tensor"
+    gather: "torch.Tensor"
+    scatter: "torch.Tensor"
+    keep: "torch.Tensor"
+    targets: "torch.Tensor"
+    rows: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        """Count the tokens that are computed."""
+        return self.input_ids.shape[1]
+
+
+def plan_passes(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Share examples out to as few passes of at most `budget` tokens as first-fit finds.
+
+    Longest first, so that rows of like length meet and attention pads little. An example that is
+    longer than the budget gets a pass of its own.
+    """
+    passes: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        for number, free in enumerate(room):
+            if lengths[index] <= free:
+                passes[number].append(index)
+                room[number] -= lengths[index]
+                break
+        else:
+            passes.append([index])
+            room.append(budget - lengths[index])
+    return passes
+
+
+def shared_prefix(examples: Sequence[Example]) -> int:
+    """Count the prompt tokens that all examples start with, short of each one's last."""
+    limit = min(e["prompt_length"] for e in examples) - 1
+    first = examples[0]["input_ids"]
+    for length in range(limit):
+        if any(e["input_ids"][length] != first[length] for e in examples):
+            return length
+    return max(limit, 0)
+
+
+def lay_out(examples: Sequence[Example], device: str) -> Pass:
+    """Lay examples end to end behind the prefix they share."""
+    import torch
+
+    shared = shared_prefix(examples)
+    width = max(len(e["input_ids"]) for e in examples) - 1
+    ids, positions = list(examples[0]["input_ids"][:shared]), list(range(shared))
+    gather, scatter = [], list(range(shared))
+    keep: list[int] = []
+    targets: list[int] = []
+    for row, example in enumerate(examples):
+        tokens, prompt = example["input_ids"], example["prompt_length"]
+        start, own = len(ids), len(tokens) - 1 - shared
+        ids += tokens[shared:-1]
+        positions += range(shared, shared + own)
+        cells = [*range(shared), *range(start, start + own)]
+        gather += cells + [0] * (width - len(cells))
+        scatter += range(row * width + shared, row * width + shared + own)
+        keep += range(start + prompt - 1 - shared, start + own)
+        targets += tokens[prompt:]
+
+    def tensor(values: list[int]) -> "torch.Tensor":
+        return torch.tensor(values, device=device)
+
+    return Pass(
+        tensor([ids]),
+        tensor([positions]),
+        tensor(gather),
+        tensor(scatter),
+        tensor(keep),
+        tensor(targets),
+        len(examples),
+        width,
+    )
+
+
+def packed_attention(
+    module: "torch.nn.Module",
+    query: "torch.Tensor",
+    key: "torch.Tensor",
+    value: "torch.Tensor",
+    attention_mask: "torch.Tensor | None",  # noqa: ARG001 - the interface passes it; always None
+    *,
+    scaling: float,
+    layout: Pass,
+    **_: object,
+) -> "tuple[torch.Tensor, None]":
+    """Attend causally within each example of a pass (an attention function of transformers).
+
+    `query` is [1, heads, tokens, head_dim]; `key` and `value` have fewer heads under grouped-query
+    attention. Padding stands behind each row's tokens, so that the causal mask alone hides it.
+    """
+    import torch
+
+    def to_rows(packed: "torch.Tensor") -> "torch.Tensor":
+        """Return [rows, heads, width, head_dim]."""
+        flat = packed[0].transpose(0, 1).flatten(1)  # [tokens, heads * head_dim]: rows of memory
+        cells = flat.index_select(0, layout.gather)
+        return cells.view(layout.rows, layout.width, *packed.shape[1::2]).transpose(1, 2)
+
+    q, k, v = to_rows(query), to_rows(key), to_rows(value)
+    rows, heads, width, size = q.shape
+    groups = heads // k.shape[1]
+    if query.device.type == "cpu" and width <= LONGEST_MATH_ROW:
+        # On CPUs, short rows go faster as plain matrix products than through the fused kernel,
+        # whose backward is slow in bf16. One key head serves its whole group of query heads.
+        grouped = q.reshape(rows, k.shape[1], groups * width, size)
+        scores = torch.matmul(grouped, k.transpose(2, 3)).view(rows, heads, width, width)
+        hidden = torch.ones(width, width, dtype=torch.bool, device=q.device).triu(1)
+        weights = scores.mul(scaling).masked_fill(hidden, float("-inf")).softmax(-1)
+        mixed = torch.matmul(weights.view(rows, k.shape[1], groups * width, width), v)
+        mixed = mixed.view(rows, heads, width, size)
+    else:
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            q,
+            k.repeat_interleave(groups, 1),
+            v.repeat_interleave(groups, 1),
+            is_causal=True,
+            scale=scaling,
+        )
+    cells = mixed.transpose(1, 2).reshape(rows * width, heads, size)
+    return cells.index_select(0, layout.scatter)[None], None
+
+
+@functools.cache
+def engine_functions() -> "tuple[type, type]":
+    """Build the two autograd functions (torch is imported only when training needs it)."""
+    import torch
+
+    class HeadLoss(torch.autograd.Function):
+        """Sum of cross-entropies of a frozen LM head, a slice of positions at a time.
+
+        The head gets no gradient, so that of its input is known as soon as the logits are:
+        probabilities minus targets, times the weight. Nothing of vocabulary size outlives a slice.
+        """
+
+        @staticmethod
+        def forward(ctx, hidden, weight, bias, targets):  # type: ignore[override]
+            gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+            total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+            for start in range(0, len(targets), HEAD_CHUNK):
+                part = slice(start, start + HEAD_CHUNK)
+                logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
+                wanted = targets[part, None]
+                normaliser = logits.logsumexp(-1, keepdim=True)
+                total += (normaliser - logits.gather(1, wanted)).sum()
+                if gradient is None:
+                    continue
+                logits.sub_(normaliser).exp_()  # now the probabilities
+                logits.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=logits.dtype))
+                torch.matmul(logits.to(weight.dtype), weight, out=gradient[part])
+            ctx.save_for_backward(gradient)
+            return total
+
+        @staticmethod
+        def backward(ctx, upstream):  # type: ignore[override]
+            (gradient,) = ctx.saved_tensors
+            return gradient * upstream.to(gradient.dtype), None, None, None
+
+    class LoraLinear(torch.autograd.Function):
+        """y = x W' + b + scale * (mask * x) A' B', with W and b frozen.
+
+        Saves x, the mask (a byte each) and the rank-r product; PEFT's modules save a masked copy
+        of x for each layer, and cast it to the adapter's dtype first.
+        """
+
+        @staticmethod
+        def forward(ctx, x, weight, bias, lora_a, lora_b, scale, mask):  # type: ignore[override]
+            a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+            rank = torch.nn.functional.linear(x if mask is None else x * mask, a)
+            y = torch.nn.functional.linear(x, weight, bias)
+            y.addmm_(rank, b.t(), alpha=scale)
+            ctx.save_for_backward(x, weight, a, b, rank, mask)
+            ctx.scale = scale
+            return y
+
+        @staticmethod
+        def backward(ctx, upstream):  # type: ignore[override]
+            x, weight, a, b, rank, mask = ctx.saved_tensors
+            through_b = torch.matmul(upstream, b).mul_(ctx.scale)
+            grad_a = torch.matmul(through_b.t(), x if mask is None else x * mask)
+            grad_b = torch.matmul(upstream.t(), rank).mul_(ctx.scale)
+            grad_x = None
+            if ctx.needs_input_grad[0]:
+                grad_x = torch.matmul(upstream, weight)
+                if mask is None:
+                    grad_x.addmm_(through_b, a)
+                else:
+                    grad_x += torch.matmul(through_b, a).mul_(mask)
+            return grad_x, None, None, grad_a.float(), grad_b.float(), None, None
+
+    return HeadLoss, LoraLinear
+
+
+def dropout_mask(shape: "Sequence[int]", share: float, device: "torch.device") -> "torch.Tensor":
+    """Draw a mask of ones with a `share` of zeros (to 1 part in 65,536).
+
+    On the CPU a quarter of the random words that dropout would draw: each 64-bit word gives four.
+    """
+    import torch
+
+    if device.type != "cpu":
+        return torch.rand(tuple(shape), device=device) >= share
+    count = math.prod(shape)
+    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    return (words.view(torch.int16)[:count] >= round(share * 65536) - 32768).view(*shape)
+
+
+def fast_lora_forward(
+    module: "lora.Linear", x: "torch.Tensor", *args: object, **kwargs: object
+) -> "torch.Tensor":
+    """Run one adapted layer through LoraLinear; disabled or merged adapters go PEFT's own way."""
+    if module.disable_adapters or module.merged:
+        return type(module).forward(module, x, *args, **kwargs)
+    _, lora_linear = engine_functions()
+    (name,) = module.active_adapters
+    base = module.get_base_layer()
+    scale = module.scaling[name]
+    share = getattr(module.lora_dropout[name], "p", 0.0)  # PEFT puts an Identity where it is 0
+    flat = x.flatten(0, -2)
+    mask = None
+    if module.training and share > 0:
+        mask = dropout_mask(flat.shape, share, x.device)
+        scale /= 1 - share
+    y = lora_linear.apply(
+        flat,
+        base.weight,
+        base.bias,
+        module.lora_A[name].weight,
+        module.lora_B[name].weight,
+        scale,
+        mask,
+    )
+    return y.view(*x.shape[:-1], -1)
+
+
+def load_base_model(config: FineTuningConfig, device: str, dtype: str) -> "PreTrainedModel":
+    """Load the frozen base model: safetensors only, no code from outside."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    folder = base_model_folder(config.model_name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise FineTuningError(
+            f"The base model in {folder} cannot be loaded: {first_line(error)}",
+            hint="Its config.json and safetensors must belong to a causal language model and be "
+            "whole; delete the folder and fetch it again if in doubt.",
+        ) from error
+    return model.to(device)
+
+
+def check_target_modules(model: "PreTrainedModel", names: Sequence[str]) -> None:
+    """Refuse names that match no linear layer; PEFT passes over them silently when one matches."""
+    import torch
+
+    head = model.get_output_embeddings()
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    unknown = [name for name in names if name not in linear]
+    if unknown:
+        raise FineTuningError(
+            f"target_modules {', '.join(unknown)}: the base model has no such linear layer in its "
+            "decoder.",
+            hint=f"Choose among {', '.join(sorted(linear))}.",
+        )
+
+
+def add_adapter(model: "PreTrainedModel", config: FineTuningConfig) -> "PeftModel":
+    """Freeze the model and give it a fresh adapter in fp32, drawn from the seed."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners import lora
+    from transformers import set_seed
+
+    check_target_modules(model, config.target_modules)
+    set_seed(config.seed)
+    adapted = get_peft_model(
+        model,
+        LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=list(config.target_modules),
+            task_type="CAUSAL_LM",
+        ),
+    )
+    # What serves the adapter must find the base: a hub id anywhere, a local folder by its full path.
+    name = config.model_name
+    if Path(name).expanduser().is_dir():
+        name = str(Path(name).expanduser().resolve())
+    adapted.peft_config["default"].base_model_name_or_path = name
+    for module in adapted.modules():
+        if isinstance(module, lora.Linear):
+            module.forward = functools.partial(fast_lora_forward, module)
+    return adapted
+
+
+def use_packed_attention(model: "PeftModel") -> None:
+    """Let the model attend through `packed_attention` until `use_plain_attention`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, packed_attention)
+    model.get_base_model().set_attn_implementation(ATTENTION)
+
+
+def pass_loss(model: "PeftModel", layout: Pass) -> "torch.Tensor":
+    """Return the sum of the cross-entropies of a pass's supervised tokens (a scalar, fp32)."""
+    base = model.get_base_model()
+    hidden = base.get_decoder()(
+        input_ids=layout.input_ids,
+        position_ids=layout.position_ids,
+        use_cache=False,
+        layout=layout,
+    ).last_hidden_state
+    head = base.get_output_embeddings()
+    head_loss, _ = engine_functions()
+    return head_loss.apply(
+        hidden[0].index_select(0, layout.keep),
+        head.weight,
+        getattr(head, "bias", None),
+        layout.targets,
+    )
+
+
+def mean_loss(model: "PeftModel", examples: "datasets.Dataset", budget: int, device: str) -> float:
+    """Return the mean cross-entropy over all supervised tokens of `examples`, without gradients."""
+    import torch
+
+    model.eval()
+    lengths = [len(ids) for ids in examples["input_ids"]]
+    total, count = 0.0, 0
+    with torch.inference_mode(), progress_bar(len(lengths), "examples", "evaluating") as bar:
+        for indices in plan_passes(lengths, budget):
+            layout = lay_out([examples[i] for i in indices], device)
+            total += pass_loss(model, layout).item()
+            count += len(layout.targets)
+            bar.advance(len(indices))
+            stop_if_asked()
+    return total / count
+
+
+# --- Checkpoints: staged, flushed to the disk, listed in a manifest of SHA-256, then renamed.
+
+MANIFEST = "manifest.json"
+PROGRESS_FILE = "progress.json"
+BEST_ADAPTER = "best_adapter.safetensors"
+# What makes two runs the same run; anything else may change between an interruption and its resume.
+RUN_SETTINGS = (
+    "model_name", "max_seq_length", "lora_r", "lora_alpha", "lora_dropout", "target_modules",
+    "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "optim",
+    "lr_scheduler_type", "fp16", "bf16", "seed", "train_split", "eval_split", "system_prompt",
+)  # fmt: skip
+
+
+def run_identity(config: FineTuningConfig, data_sha256: str) -> "dict[str, Any]":
+    """Return what must agree for a checkpoint or a result to belong to this run."""
+    settings = saved_settings(config)
+    return {name: settings[name] for name in RUN_SETTINGS} | {"data_sha256": data_sha256}
+
+
+def differences(theirs: "dict[str, Any]", ours: "dict[str, Any]") -> list[str]:
+    """Spell out in what two runs differ."""
+    return [
+        f"{name} was {theirs.get(name)!r} and is now {value!r}"
+        for name, value in ours.items()
+        if theirs.get(name) != value
+    ]
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def flush_to_disk(path: Path) -> None:
+    """Make a file's bytes, or a folder's names, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON that a person can read; NaN is refused, since most readers refuse it."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def publish_folder(staged: Path, final: Path) -> None:
+    """Make a staged folder visible under its final name, whole or not at all."""
+    manifest = {
+        path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(staged.iterdir())
+    }
+    write_json(staged / MANIFEST, manifest)
+    for path in staged.iterdir():
+        flush_to_disk(path)
+    flush_to_disk(staged)
+    if final.exists():  # the same step once more, after a damaged checkpoint was passed over
+        shutil.rmtree(final)
+    staged.rename(final)
+    flush_to_disk(final.parent)
+
+
+def checkpoint_problem(folder: Path) -> "str | None":
+    """Return what is wrong with a checkpoint, going by its manifest; None where it is whole."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, facts in manifest.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != facts["size"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {facts['size']}"
+            if sha256_of(path) != facts["sha256"]:
+                return f"{name} does not have the bytes that were written"
+        if PROGRESS_FILE not in manifest:
+            return f"{PROGRESS_FILE} is not in its manifest"
+    except FileNotFoundError:
+        return "it has no manifest: writing it was cut short, or another program wrote it"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"it cannot be read: {first_line(error)}"
+    return None
+
+
+def checkpoint_step(folder: Path) -> int:
+    """Return the step in a checkpoint folder's name, or -1 where it has none."""
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(match[1]) if match else -1
+
+
+def list_checkpoints(output: Path) -> list[Path]:
+    """Return the checkpoint folders, newest first."""
+    found = [p for p in output.glob("checkpoint-*") if checkpoint_step(p) >= 0 and p.is_dir()]
+    return sorted(found, key=checkpoint_step, reverse=True)
+
+
+def newest_whole_checkpoint(output: Path) -> "Path | None":
+    """Return the newest checkpoint that is whole, naming those passed over."""
+    for folder in list_checkpoints(output):
+        problem = checkpoint_problem(folder)
+        if problem is None:
+            return folder
+        log.warning("  %s is passed over: %s", folder.name, problem)
+    return None
+
+
+def read_progress(checkpoint: Path) -> "dict[str, Any]":
+    """Return a verified checkpoint's own record of the run."""
+    return json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
+
+
+def adapter_weights(model: "PeftModel") -> "dict[str, torch.Tensor]":
+    """Return a copy of the adapter's weights on the CPU, under PEFT's file names."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model)
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+
+
+def load_adapter_weights(model: "PeftModel", path: Path) -> None:
+    """Put an adapter file's weights into the model."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(path))
+
+
+def prune_checkpoints(output: Path, limit: int, best_step: "int | None") -> None:
+    """Delete the oldest checkpoints beyond `limit`, keeping the newest and, above 1, the best."""
+    folders = list_checkpoints(output)
+    keep = folders[:1]
+    keep += [f for f in folders[1:] if checkpoint_step(f) == best_step][: max(0, limit - 1)]
+    keep += [f for f in folders if f not in keep][: max(0, limit - len(keep))]
+    for folder in folders:
+        if folder not in keep:
+            log.debug("Pruning %s (save_total_limit %d)", folder, limit)
+            shutil.rmtree(folder)
+
+
+# --- One run: what it remembers, and the trainer that carries it out.
+
+
+class DeviceGaveUp(Exception):
+    """Ask for the run to go on from its last checkpoint on the CPU."""
+
+
+@dataclass
+class RunState:
+    """Remember what a run has done; written into each checkpoint as progress.json."""
+
+    identity: "dict[str, Any]"
+    budget: int
+    recompute: bool = False
+    history: "list[dict[str, float]]" = field(default_factory=list)
+    best_step: "int | None" = None
+    best_eval_loss: "float | None" = None
+    evaluations_without_gain: int = 0
+    last_evaluated_step: int = -1
+    loss_sum: float = 0.0
+    input_tokens: int = 0
+    supervised_tokens: int = 0
+    examples: int = 0
+    seconds: float = 0.0
+
+
+if TYPE_CHECKING:
+
+    class LoraTrainer(SFTTrainer):
+        """Describe what `trainer_classes` builds."""
+
+        model: PeftModel
+        run: RunState
+        config: FineTuningConfig
+        periodic: datasets.Dataset  # what evaluations during training look at
+        best: dict[str, torch.Tensor]  # the adapter at run.best_step
+        bar: "Progress"
+        sampler: SeedableRandomSampler
+        record: dict[str, float]  # of the step in hand
+
+
+stop_signal = 0  # the first signal that arrived while training; read between forward passes
+
+
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end training between two passes; a second one ends it at once."""
+
+    def on_signal(number: int, _frame: object) -> None:
+        global stop_signal
+        if stop_signal:
+            os._exit(128 + number)  # checkpoints are published whole, so the last one is valid
+        stop_signal = number
+        log.warning("Stopping after this forward pass (again to leave at once)")
+
+    global stop_signal
+    stop_signal = 0
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_if_asked() -> None:
+    """Raise what the deferred signal stands for."""
+    if stop_signal:
+        raise KeyboardInterrupt if stop_signal == signal.SIGINT else Terminated
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error of PyTorch on CUDA, MPS or the CPU says that memory ran out."""
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return any(w in text for w in ("out of memory", "can't allocate memory", "not enough memory"))
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Return the dropout seed of a step, so that a step's masks depend on nothing before it."""
+    return (seed * 1_000_003 + step) % 2**63
+
+
+def accumulate_gradients(
+    trainer: "LoraTrainer", run: RunState, examples: Sequence[Example]
+) -> float:
+    """Add up the gradients of one effective batch and return its mean loss.
+
+    Several processes share the passes; their gradients are summed, not averaged, since each pass
+    is already weighted by the supervised tokens of the whole batch.
+    """
+    import torch
+
+    model, args = trainer.model, trainer.args
+    torch.manual_seed(step_seed(args.seed, trainer.state.global_step))
+    supervised = sum(len(e["input_ids"]) - e["prompt_length"] for e in examples)
+    passes = plan_passes([len(e["input_ids"]) for e in examples], run.budget)
+    total = torch.zeros((), device=args.device)
+    for indices in passes[args.process_index :: args.world_size]:
+        stop_if_asked()
+        layout = lay_out([examples[i] for i in indices], str(args.device))
+        loss = pass_loss(model, layout) / supervised
+        trainer.accelerator.backward(loss)
+        total += loss.detach()
+    if args.world_size > 1:
+        sum_over_processes(model, total)
+    return total.item()
+
+
+def sum_over_processes(model: "PeftModel", loss: "torch.Tensor") -> None:
+    """Add up gradients and loss over all processes, in one message."""
+    import torch
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([g.flatten() for g in grads] + [loss.flatten()])
+    torch.distributed.all_reduce(flat)
+    pieces = flat.split([p.numel() for p in parameters] + [1])
+    for parameter, piece in zip(parameters, pieces[:-1], strict=True):
+        parameter.grad = piece.view_as(parameter)
+    loss.copy_(pieces[-1][0])
+
+
+def gradient_norm(model: "PeftModel") -> float:
+    """Return the norm of all gradients; not finite where any of them is not."""
+    import torch
+
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(grads).item()
+
+
+def train_step(trainer: "LoraTrainer", run: RunState, examples: Sequence[Example]) -> float:
+    """Compute one step's gradients; numbers that are not finite never reach the optimizer.
+
+    Out of memory: smaller passes, then recomputed activations, then the CPU. Not finite: once
+    more, then in fp32, then the CPU from the last checkpoint.
+    """
+    import torch
+
+    model, device = trainer.model, trainer.args.device
+    failures = 0
+    while True:
+        model.train()
+        model.zero_grad()
+        try:
+            loss = accumulate_gradients(trainer, run, examples)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            model.zero_grad()
+            relieve_memory(trainer, run, examples)
+            continue
+        scaled = trainer.accelerator.scaler is not None  # fp16: the scaler skips overflowing steps
+        if math.isfinite(loss) and (scaled or math.isfinite(gradient_norm(model))):
+            return loss
+        failures += 1
+        step = trainer.state.global_step + 1
+        log.warning("Step %d: the loss or a gradient is not finite (loss %s)", step, loss)
+        half = next(model.get_base_model().parameters()).dtype != torch.float32
+        if failures == 1:
+            log.warning("  computing the step once more")
+        elif failures == 2 and half:
+            log.warning("  going on with the base model in float32")
+            for parameter in model.get_base_model().parameters():
+                parameter.data = parameter.data.float()
+        else:
+            raise DeviceGaveUp(f"step {step} gives no finite numbers on {device.type}")
+
+
+def relieve_memory(trainer: "LoraTrainer", run: RunState, examples: Sequence[Example]) -> None:
+    """Take the next rung down: half the budget, then recomputed activations, then the CPU."""
+    import torch
+
+    device = trainer.args.device.type
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    elif device == "mps":
+        torch.mps.empty_cache()
+    longest = max(len(e["input_ids"]) for e in examples)
+    if run.budget > longest:
+        run.budget = max(run.budget // 2, longest)
+        log.warning("Out of memory: forward passes of at most %d tokens from here", run.budget)
+    elif not run.recompute:
+        run.recompute = True
+        recompute_activations(trainer.model)
+        log.warning("Out of memory: activations are recomputed from here (slower)")
+    elif device != "cpu":
+        raise DeviceGaveUp(f"out of memory on {device} with the smallest passes")
+    else:
+        raise FineTuningError(
+            f"Not enough memory: one example of {longest} tokens does not fit.",
+            hint="Close other programs, lower --max_seq_length or --lora_r, or hold the base model "
+            "in half the memory with --bf16. The same command goes on from the last checkpoint.",
+        )
+
+
+def recompute_activations(model: "PeftModel") -> None:
+    """Turn gradient checkpointing on; the inputs need no gradient, so it must not be reentrant."""
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+
+
+@functools.cache
+def trainer_classes() -> "tuple[type, type]":
+    """Build the trainer (TRL's, with the engine's steps and checkpoints) and its callback."""
+    import torch
+    from accelerate.data_loader import SeedableRandomSampler
+    from torch.utils.data import DataLoader
+    from transformers import TrainerCallback
+    from trl import SFTTrainer
+
+    class LoraTrainer(SFTTrainer):
+        """Run `train_step` on whole effective batches, and keep the run's own record."""
+
+        def get_train_dataloader(self) -> DataLoader:
+            """Yield whole effective batches, in SFTTrainer's order, to every process alike."""
+            workers = self.config.dataloader_num_workers
+            self.sampler = SeedableRandomSampler(self.train_dataset, data_seed=self.args.seed)
+            return DataLoader(
+                self.train_dataset,
+                batch_size=self.args.per_device_train_batch_size,
+                sampler=self.sampler,
+                collate_fn=list,
+                num_workers=workers,
+                # A forked child of a process that has used MPS hangs.
+                multiprocessing_context="spawn" if workers else None,
+            )
+
+        def training_step(self, model, inputs, num_items_in_batch=None):  # noqa: ARG002
+            """Compute the gradients of one effective batch."""
+            started = time.monotonic()
+            loss = train_step(self, self.run, inputs)
+            self.run.examples += len(inputs)
+            tokens = [(len(e["input_ids"]), e["prompt_length"]) for e in inputs]
+            supervised = sum(length - prompt for length, prompt in tokens)
+            self.run.input_tokens += sum(length for length, _ in tokens)
+            self.run.supervised_tokens += supervised
+            self.run.loss_sum += loss * supervised
+            self.record = {"loss": loss, "seconds": time.monotonic() - started}
+            return torch.tensor(loss, device=self.args.device)
+
+        def floating_point_ops(self, inputs) -> int:  # noqa: ARG002
+            """Count nothing: the engine's batches are not the tensors that transformers counts."""
+            return 0
+
+        def _get_grad_norm(self, model, grad_norm=None):
+            norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+            self.record["grad_norm"] = float(norm)
+            self.record["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+            return norm
+
+        def evaluate(self, *_args, **_kwargs) -> "dict[str, float]":
+            """Evaluate on the periodic examples and remember the best adapter."""
+            return evaluate_run(self)
+
+        def _save_checkpoint(self, model, trial) -> None:  # noqa: ARG002
+            write_checkpoint(self)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:  # noqa: ARG002
+            folder = Path(resume_from_checkpoint)
+            load_adapter_weights(self.model, folder / "adapter_model.safetensors")
+
+    class RunCallback(TrainerCallback):
+        """Keep the sampler, the record and the console in step with the trainer."""
+
+        def __init__(self, trainer: LoraTrainer) -> None:
+            self.trainer = trainer
+
+        def on_train_begin(self, args, state, control, **_) -> None:
+            """Let today's intervals win over those of the checkpoint; evaluate where one is due."""
+            state.logging_steps, state.eval_steps, state.save_steps = (
+                args.logging_steps,
+                args.eval_steps,
+                args.save_steps,
+            )
+            if state.global_step % args.eval_steps == 0:
+                if self.trainer.run.last_evaluated_step != state.global_step:
+                    self.trainer.evaluate()
+
+        def on_epoch_begin(self, args, state, control, **_) -> None:  # noqa: ARG002
+            """Shuffle by seed and epoch, in a resumed epoch too."""
+            self.trainer.sampler.set_epoch(int(state.epoch + 1e-6))
+
+        def on_step_end(self, args, state, control, **_) -> None:  # noqa: ARG002
+            """Note the step."""
+            note_step(self.trainer)
+
+    return LoraTrainer, RunCallback
+
+
+def evaluate_run(trainer: "LoraTrainer") -> "dict[str, float]":
+    """Evaluate during training: note the loss, and the adapter where it is the best so far."""
+    run, step = trainer.run, trainer.state.global_step
+    loss = mean_loss(trainer.model, trainer.periodic, 4 * run.budget, str(trainer.args.device))
+    trainer.model.train()
+    run.last_evaluated_step = step
+    if step == 0:
+        log.info("  eval loss %.4f before training", loss)
+    elif run.best_eval_loss is None or loss < run.best_eval_loss:
+        run.best_eval_loss, run.best_step, run.evaluations_without_gain = loss, step, 0
+        trainer.best = adapter_weights(trainer.model)
+        log.info("  step %d: eval loss %.4f, the best so far", step, loss)
+    else:
+        run.evaluations_without_gain += 1
+        log.info(
+            "  step %d: eval loss %.4f (best %.4f at step %s)",
+            step,
+            loss,
+            run.best_eval_loss,
+            run.best_step,
+        )
+    run.history.append({"step": step, "eval_loss": loss})
+    metrics = {"eval_loss": loss}
+    trainer.log(dict(metrics))
+    patience = trainer.config.early_stopping_patience
+    if patience and run.evaluations_without_gain >= patience:
+        log.info("  early stopping: %d evaluations without a better eval loss", patience)
+        trainer.control.should_training_stop = True
+    return metrics
+
+
+def write_checkpoint(trainer: "LoraTrainer") -> None:
+    """Publish checkpoint-STEP in the output folder: adapter, optimizer, schedule, record."""
+    import torch
+    from safetensors.torch import save_file
+
+    if not is_main_process():
+        return
+    weights = adapter_weights(trainer.model)
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise DeviceGaveUp("the adapter's weights are not finite")
+    output = Path(trainer.config.output_dir)
+    step = trainer.state.global_step
+    staged, final = output / f".staging-checkpoint-{step}", output / f"checkpoint-{step}"
+    try:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        trainer.model.peft_config["default"].save_pretrained(staged)
+        save_file(weights, staged / "adapter_model.safetensors")
+        if trainer.best:
+            save_file(trainer.best, staged / BEST_ADAPTER)
+        torch.save(trainer.optimizer.state_dict(), staged / "optimizer.pt")
+        torch.save(trainer.lr_scheduler.state_dict(), staged / "scheduler.pt")
+        trainer._save_rng_state(str(staged))
+        trainer.state.save_to_json(str(staged / "trainer_state.json"))
+        write_json(staged / PROGRESS_FILE, dataclasses.asdict(trainer.run))
+        publish_folder(staged, final)
+    except OSError as error:
+        raise FineTuningError(
+            f"Checkpoint {step} cannot be written to {output}: {error.strerror or error}",
+            hint="Make room there (earlier checkpoints are untouched), then run the same command "
+            "again: it goes on from the last checkpoint.",
+        ) from error
+    prune_checkpoints(output, trainer.config.save_total_limit, trainer.run.best_step)
+    log.debug("Wrote %s", final)
+
+
+def note_step(trainer: "LoraTrainer") -> None:
+    """Record a finished step, and show it every logging_steps."""
+    run, state, record = trainer.run, trainer.state, trainer.record
+    run.seconds += record["seconds"]
+    run.history.append(
+        {
+            "step": state.global_step,
+            "loss": record["loss"],
+            "grad_norm": record["grad_norm"],
+            "learning_rate": record["learning_rate"],
+        }
+    )
+    trainer.bar.move_to(state.global_step, f"loss {record['loss']:.3f}")
+    every = trainer.config.logging_steps
+    if state.global_step % every == 0 or state.global_step == state.max_steps:
+        losses = [r["loss"] for r in run.history[-2 * every :] if "loss" in r][-every:]
+        speed = run.input_tokens / max(run.seconds, 1e-9)
+        left = (state.max_steps - state.global_step) * run.seconds / state.global_step
+        log.info(
+            "  step %d/%d  loss %.4f  grad norm %.3f  lr %.2e  %.0f tokens/s  %s left",
+            state.global_step,
+            state.max_steps,
+            sum(losses) / len(losses),
+            record["grad_norm"],
+            record["learning_rate"],
+            speed,
+            human_seconds(left),
+        )
+
+
+def trainer_arguments(config: FineTuningConfig, device: str) -> "SFTConfig":
+    """Return TRL's arguments: one "batch" is the whole effective batch; the engine cuts it up."""
+    from trl import SFTConfig
+
+    args = SFTConfig(
+        output_dir=config.output_dir,
+        per_device_train_batch_size=effective_batch(config),
+        gradient_accumulation_steps=1,
+        num_train_epochs=config.num_train_epochs,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup_steps,
+        max_grad_norm=config.max_grad_norm,
+        optim=config.optim,
+        lr_scheduler_type=config.lr_scheduler_type,
+        # Every precision and memory default of SFTConfig is set: the engine decides these.
+        bf16=False,
+        fp16=config.fp16 and device == "cuda",
+        activation_checkpointing=False,
+        use_cpu=device == "cpu",
+        logging_strategy="steps",
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=config.eval_steps,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        seed=config.seed,
+        data_seed=config.seed,
+        report_to=config.report_to,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # several GPUs need accelerate launch, not DataParallel
+    return args
+
+
+def effective_batch(config: FineTuningConfig) -> int:
+    """Return the examples per optimizer step, over all processes together."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps
+
+
+def build_trainer(
+    data: PreparedData, config: FineTuningConfig, model: "PeftModel", run: RunState, device: str
+) -> "LoraTrainer":
+    """Put the model, the data and the run's record into a trainer."""
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer_type, callback_type = trainer_classes()
+    trainer = trainer_type(
+        model=model,
+        args=trainer_arguments(config, device),
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        data_collator=list,
+        processing_class=data.tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(callback_type(trainer))
+    trainer.run, trainer.config, trainer.best = run, config, {}
+    trainer.periodic = data.eval.select(range(min(len(data.eval), periodic_examples(config))))
+    return trainer
+
+
+def periodic_examples(config: FineTuningConfig) -> int:
+    """Return how many examples an evaluation during training looks at.
+
+    An example costs half as much to evaluate as to train on (no backward pass), so a fifth of the
+    examples trained on between two evaluations keeps evaluation at a tenth of the time.
+    """
+    if config.max_eval_examples is not None:
+        return config.max_eval_examples
+    return max(1, config.eval_steps * effective_batch(config) // 5)
+
+
+def total_steps(config: FineTuningConfig, examples: int) -> int:
+    """Return the optimizer steps of the whole run."""
+    per_epoch = math.ceil(examples / effective_batch(config))
+    return math.ceil(config.num_train_epochs * per_epoch)
+
+
+def train_on(
+    data: PreparedData,
+    config: FineTuningConfig,
+    device: str,
+    dtype: str,
+    checkpoint: "Path | None",
+) -> TrainResult:
+    """Train on one device from a checkpoint, or from the start, to the end."""
+    model = add_adapter(load_base_model(config, device, dtype), config)
+    log_parameters(model)
+    run = start_run(data, config, device, dtype, checkpoint)
+    if run.recompute:
+        recompute_activations(model)
+    use_packed_attention(model)
+    trainer = build_trainer(data, config, model, run, device)
+    steps = total_steps(config, len(data.train))
+    if checkpoint:
+        load_adapter_weights(model, checkpoint / "adapter_model.safetensors")
+        if (checkpoint / BEST_ADAPTER).is_file():
+            from safetensors.torch import load_file
+
+            trainer.best = load_file(checkpoint / BEST_ADAPTER)
+    done = checkpoint_step(checkpoint) if checkpoint else 0
+    patience = config.early_stopping_patience
+    if done < steps and not (patience and run.evaluations_without_gain >= patience):
+        train_to_the_end(trainer, steps, done, checkpoint)
+    return finish_training(trainer, data, config, device, dtype, done)
+
+
+def train_to_the_end(
+    trainer: "LoraTrainer", steps: int, done: int, checkpoint: "Path | None"
+) -> None:
+    """Run the trainer; on Ctrl-C or SIGTERM write a checkpoint of the last finished step."""
+    with deferred_signals(), progress_bar(steps, "steps", "training", initial=done) as bar:
+        trainer.bar = bar
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except (KeyboardInterrupt, Terminated):
+            step = trainer.state.global_step
+            if step > done:
+                write_checkpoint(trainer)
+            log.warning(
+                "Stopped after step %d of %d; the same command goes on from there", step, steps
+            )
+            raise
+
+
+def start_run(
+    data: PreparedData,
+    config: FineTuningConfig,
+    device: str,
+    dtype: str,
+    checkpoint: "Path | None",
+) -> RunState:
+    """Return the record of a resumed run, or that of a new one with its memory budget."""
+    if checkpoint:
+        run = RunState(**read_progress(checkpoint))
+        log.info("  resuming from %s", checkpoint)
+        return run
+    budget, reason = choose_budget(config, device, dtype)
+    log.info("  forward passes of at most %d tokens: %s", budget, reason)
+    recompute = config.gradient_checkpointing == "on"
+    return RunState(run_identity(config, data.source.sha256), budget, recompute)
+
+
+def log_parameters(model: "PeftModel") -> None:
+    """Print how much of the model is trained."""
+    trainable, total = model.get_nb_trainable_parameters()
+    log.info(
+        "  trainable parameters: %s of %s (%.2f %%)",
+        f"{trainable:,}",
+        f"{total:,}",
+        100 * trainable / total,
+    )
+
+
+def finish_training(
+    trainer: "LoraTrainer",
+    data: PreparedData,
+    config: FineTuningConfig,
+    device: str,
+    dtype: str,
+    resumed_from: int,
+) -> TrainResult:
+    """Load the best adapter, evaluate it and the base completely, and gather the metrics."""
+    from peft import set_peft_model_state_dict
+
+    model, run = trainer.model, trainer.run
+    if trainer.best:
+        set_peft_model_state_dict(model, trainer.best)
+    best_step = run.best_step if trainer.best else trainer.state.global_step
+    budget = 4 * run.budget
+    eval_loss = mean_loss(model, data.eval, budget, device)
+    with model.disable_adapter():
+        eval_loss_before = mean_loss(model, data.eval, budget, device)
+    model.get_base_model().set_attn_implementation("sdpa")
+    trainable, total = model.get_nb_trainable_parameters()
+    log.info(
+        "  eval loss %.4f before, %.4f after (the adapter of step %d)",
+        eval_loss_before,
+        eval_loss,
+        best_step,
+    )
+    metrics = {
+        "train_loss": run.loss_sum / max(run.supervised_tokens, 1),
+        "eval_loss": eval_loss,
+        "eval_loss_before": eval_loss_before,
+        "best_step": best_step,
+        "total_steps": total_steps(config, len(data.train)),
+        "train_runtime": round(run.seconds, 3),
+        "train_samples_per_second": round(run.examples / max(run.seconds, 1e-9), 3),
+        "train_tokens_per_second": round(run.input_tokens / max(run.seconds, 1e-9), 1),
+        "input_tokens": run.input_tokens,
+        "supervised_tokens": run.supervised_tokens,
+        "peak_memory_gb": round(peak_memory(device) / 1e9, 3),
+        "device": device,
+        "dtype": dtype,
+        "trainable_params": trainable,
+        "total_params": total,
+        "trainable_percent": round(100 * trainable / total, 4),
+        "train_examples": len(data.train),
+        "eval_examples": len(data.eval),
+        "truncated_examples": data.truncated_examples,
+        "dropped_examples": len(data.quality.rejected),
+        "resumed_from_step": resumed_from or None,
+        "data_sha256": data.source.sha256,
+    }
+    return TrainResult(model, data.tokenizer, metrics, tuple(run.history))
+
+
+def peak_memory(device: str) -> int:
+    """Return the most memory that was in use, in bytes: the GPU's own count, else the process's."""
+    import resource
+
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kB
+
+
 def train_lora(
     data: PreparedData, report: PreflightReport, config: FineTuningConfig
 ) -> TrainResult:
-    """Train the adapter, resuming from this run's last checkpoint, and return it with the best weights loaded."""
-    raise NotImplementedError
+    """Train the adapter, resuming from this run's last checkpoint; the best weights are loaded.
+
+    Raises:
+        FineTuningError: when the output folder holds another run, when memory or disk run out, or
+            when no device gives finite numbers.
+    """
+    device, dtype = report.device, report.dtype
+    checkpoint = choose_checkpoint(config, data)
+    for _ in range(3):
+        try:
+            return train_on(data, config, device, dtype, checkpoint)
+        except DeviceGaveUp as reason:
+            log.warning("%s; going on from the last checkpoint on the CPU in float32", reason)
+            device, dtype = "cpu", "float32"
+            checkpoint = newest_whole_checkpoint(Path(config.output_dir))
+    raise FineTuningError(
+        "The training gives no finite numbers, on the CPU neither.",
+        hint="Lower --learning_rate (2e-5 is the default) and check the data for broken rows: "
+        "python unified_finetune.py data",
+    )
+
+
+def choose_checkpoint(config: FineTuningConfig, data: PreparedData) -> "Path | None":
+    """Return the checkpoint to go on from; refuse to mix with another run's output."""
+    output = Path(config.output_dir)
+    identity = run_identity(config, data.source.sha256)
+    if config.resume not in ("auto", "never"):
+        checkpoint = Path(config.resume).expanduser()
+        problem = checkpoint_problem(checkpoint)
+        if problem:
+            raise FineTuningError(
+                f"--resume {checkpoint} cannot be used: {problem}.",
+                hint="--resume auto takes the newest whole checkpoint of output_dir.",
+            )
+        refuse_differences(differences(read_progress(checkpoint)["identity"], identity), checkpoint)
+        return checkpoint
+    checkpoint = newest_whole_checkpoint(output)
+    theirs = finished_identity(output)
+    if checkpoint:
+        theirs = read_progress(checkpoint)["identity"]
+    if theirs is None:
+        return None
+    different = differences(theirs, identity)
+    if different and not config.overwrite:
+        refuse_differences(different, output)
+    if different or config.overwrite or config.resume == "never":
+        remove_run(output)
+        return None
+    return checkpoint
+
+
+def refuse_differences(different: Sequence[str], place: Path) -> None:
+    """Stop where a checkpoint or a result belongs to another run."""
+    if different:
+        raise FineTuningError(
+            f"{place} holds another run:\n" + "\n".join("  - " + d for d in different),
+            hint="Set the same values again, choose another --output_dir, or replace that run with "
+            "--overwrite.",
+        )
 
 
 # ======================================================================================
@@ -768,9 +2398,128 @@ def train_lora(
 # ======================================================================================
 
 
+METRICS_FILE = "training_metrics.json"  # written last: its presence says that the run is finished
+CONFIG_FILE = "training_config.json"
+QUALITY_FILE = "quality_report.json"
+
+
+def finished_identity(output: Path) -> "dict[str, Any] | None":
+    """Return the identity of the finished run in a folder, or None where there is none."""
+    try:
+        json.loads((output / METRICS_FILE).read_text(encoding="utf-8"))
+        saved = json.loads((output / CONFIG_FILE).read_text(encoding="utf-8"))
+        return saved["provenance"]["identity"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FineTuningError(
+            f"{output} holds a run whose files cannot be read: {first_line(error)}",
+            hint="Choose another --output_dir, or replace that run with --overwrite.",
+        ) from error
+
+
+def package_versions() -> "dict[str, str]":
+    """Return the versions of Python and of the packages that the result depends on."""
+    from importlib import metadata
+
+    names = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers")
+    return {"python": ".".join(map(str, sys.version_info[:3]))} | {
+        name: metadata.version(name) for name in names
+    }
+
+
+RUN_FILES = (
+    "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "tokenizer.model", "chat_template.jinja", CONFIG_FILE, METRICS_FILE,
+    QUALITY_FILE, "README.md", "report.html",
+)  # fmt: skip
+
+
+def remove_run(output: Path) -> None:
+    """Delete what an earlier run left in its folder: the files the program writes, nothing else."""
+    log.info("  replacing the earlier run in %s", output)
+    (output / METRICS_FILE).unlink(missing_ok=True)  # from here on it is not a finished run
+    for name in RUN_FILES:
+        (output / name).unlink(missing_ok=True)
+    for folder in [*list_checkpoints(output), *output.glob(".staging-*")]:
+        shutil.rmtree(folder)
+
+
 def save_results(result: TrainResult, data: PreparedData, config: FineTuningConfig) -> RunArtifacts:
-    """Write the adapter, its tokenizer, settings, metrics, quality report and model card; whole or not at all."""
-    raise NotImplementedError
+    """Write the adapter, its tokenizer, settings, metrics, quality report and model card."""
+    from safetensors.torch import save_file
+
+    output = Path(config.output_dir)
+    staged = output / ".staging-result"
+    try:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        result.model.peft_config["default"].save_pretrained(staged)
+        weights = adapter_weights(result.model)
+        save_file(weights, staged / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_tokenizer(result.tokenizer, config, staged)
+        metrics = result.metrics | {
+            "adapter_sha256": sha256_of(staged / "adapter_model.safetensors")
+        }
+        provenance = {
+            "program": f"unified_finetune {__version__}",
+            "packages": package_versions(),
+            "data_sha256": data.source.sha256,
+            "identity": run_identity(config, data.source.sha256),
+        }
+        write_json(staged / CONFIG_FILE, saved_settings(config) | {"provenance": provenance})
+        write_json(staged / QUALITY_FILE, dataclasses.asdict(data.quality))
+        write_json(staged / METRICS_FILE, metrics)
+        (staged / "README.md").write_text(model_card(config, data, metrics), encoding="utf-8")
+        move_into_place(staged, output)
+    except OSError as error:
+        raise FineTuningError(
+            f"The results cannot be written to {output}: {error.strerror or error}",
+            hint="Make room there, then run the same command again: the training itself is kept in "
+            "the last checkpoint.",
+        ) from error
+    log.info("  adapter in %s", output)
+    return RunArtifacts(output, metrics)
+
+
+def write_tokenizer(
+    tokenizer: "PreTrainedTokenizerFast", config: FineTuningConfig, folder: Path
+) -> None:
+    """Write the base's tokenizer files as they are, with the chat template where servers look.
+
+    save_pretrained of transformers 5 moves the template to a file that Ollama does not read, and
+    leaves tokenizer.model out.
+    """
+    tokenizer.save_pretrained(folder)
+    base = base_model_folder(config.model_name)
+    for name in ("tokenizer.json", "tokenizer.model", "special_tokens_map.json"):
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+    source = base if (base / "tokenizer_config.json").is_file() else folder
+    settings = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["chat_template"] = tokenizer.chat_template
+    write_json(folder / "tokenizer_config.json", settings)
+    if not (folder / "special_tokens_map.json").is_file():
+        write_json(folder / "special_tokens_map.json", tokenizer.special_tokens_map)
+
+
+def move_into_place(staged: Path, output: Path) -> None:
+    """Flush staged files to the disk and move them into the output folder, the metrics last."""
+    names = sorted(p.name for p in staged.iterdir())
+    names.remove(METRICS_FILE)
+    for name in [*names, METRICS_FILE]:
+        flush_to_disk(staged / name)
+        (staged / name).chmod(0o644)  # safetensors writes 0600
+    (output / METRICS_FILE).unlink(missing_ok=True)
+    for name in [*names, METRICS_FILE]:
+        (staged / name).replace(output / name)
+    staged.rmdir()
+    flush_to_disk(output)
+
+
+def model_card(config: FineTuningConfig, data: PreparedData, metrics: "dict[str, Any]") -> str:
+    """Return the model card."""
+    return "# adapter\n"
 
 
 # ======================================================================================
