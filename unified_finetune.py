@@ -9,13 +9,13 @@ Five stages, always in this order:
   5 save        write the adapter, its metrics and its report
 
 Commands:
-  python unified_finetune.py                     all five stages (the same as: train)
-  python unified_finetune.py check               stage 1 alone: everything wrong, each with its remedy
-  python unified_finetune.py data                stages 1-3: quality report, token statistics, the plan
-  python unified_finetune.py chat                talk to the trained adapter
+  python unified_finetune.py          all five stages (the same as: train)
+  python unified_finetune.py check    stage 1 alone: everything wrong, each with its remedy
+  python unified_finetune.py data     stages 1-3: quality report, token statistics, the plan
+  python unified_finetune.py chat     talk to the trained adapter
 
-Exit codes: 0 success, 2 bad flags or config, 11-15 the stage that failed (11 preflight, 12 download,
-13 prepare, 14 train, 15 save), 16 chat or export, 130 Ctrl-C, 143 SIGTERM, 1 anything unexpected.
+Exit codes: 0 success, 2 bad flags or config, 11-15 the stage that failed (11 preflight, 12
+download, 13 prepare, 14 train, 15 save), 16 chat or export, 130 Ctrl-C, 143 SIGTERM, 1 unexpected.
 """
 
 import sys
@@ -39,6 +39,7 @@ import json
 import logging
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -237,7 +238,7 @@ def check_combinations(values: "dict[str, Any]") -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Setting:
-    """A value as it was given, with the place it came from ("--seed", "config.json", "R2_BUCKET_NAME")."""
+    """Hold a value as it was given, and the place it came from ("--seed", "R2_BUCKET_NAME")."""
 
     name: str
     value: object
@@ -245,7 +246,7 @@ class Setting:
 
 
 def build_config(settings: Sequence[Setting], problems: Sequence[str] = ()) -> FineTuningConfig:
-    """Build the configuration from settings in rising precedence, or refuse with every problem at once."""
+    """Build the configuration from settings in rising precedence, or refuse it with all problems."""
     wrong = list(problems)
     values: dict[str, Any] = {name: f.default for name, f in config_fields().items()}
     for setting in settings:
@@ -294,7 +295,7 @@ def parse_yaml(text: str, path: Path) -> object:
 
 
 def read_config_file(path: Path) -> list[Setting]:
-    """Read settings from a JSON or YAML file, such as the training_config.json of an earlier run."""
+    """Read settings from a JSON or YAML file, such as an earlier training_config.json."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -331,7 +332,7 @@ def saved_settings(config: FineTuningConfig) -> "dict[str, Any]":
 
 
 class FineTuningError(Exception):
-    """Say what happened (`message`) and what to do about it (`hint`), in words a user can act on."""
+    """Say what happened (`message`) and what to do (`hint`), in words a user can act on."""
 
     exit_code = 1
 
@@ -397,7 +398,7 @@ def start_logging(config: FineTuningConfig) -> Path:
 
 
 def open_log_file(folder: Path) -> Path:
-    """Create unified_finetune_YYYYMMDD_HHMMSS.log in `folder`, numbered where that name is taken."""
+    """Create unified_finetune_YYYYMMDD_HHMMSS.log in `folder`, with a number if that is taken."""
     stamp = datetime.now().strftime("%Y%m%d_%H%M%S")  # local time: a user reads it
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -520,7 +521,7 @@ def progress_bar(total: int, unit: str, description: str, initial: int = 0) -> "
 
 
 def is_main_process() -> bool:
-    """Tell whether this process prints, downloads and saves (one of several under accelerate launch)."""
+    """Tell whether this process prints, downloads and saves (with several, one does)."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -838,13 +839,21 @@ def self_test(device: str, dtype: str) -> "str | None":
     return None
 
 
+def cpu_has_bf16() -> bool:
+    """Tell whether this processor multiplies bf16 matrices in hardware."""
+    import torch
+
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def emulation_warning(device: str, dtype: str) -> "str | None":
     """Say where half precision is emulated, which is slower than fp32."""
     import torch
 
-    if dtype == "bfloat16" and device == "cpu":
-        if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-            return "this processor computes bf16 in software, several times slower than float32"
+    if dtype == "bfloat16" and device == "cpu" and not cpu_has_bf16():
+        return "this processor computes bf16 in software, several times slower than float32"
     if dtype == "bfloat16" and device == "cuda" and not torch.cuda.is_bf16_supported(False):
         return "this GPU computes bf16 in software"
     return None
@@ -970,6 +979,40 @@ def check_model(config: FineTuningConfig) -> Check:
         return Check("base model", "failed", str(error), error.hint)
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     return Check("base model", "ok", f"{config.model_name} in {folder} ({human_bytes(size)})")
+
+
+claimed_folders: "list[typing.IO[str]]" = []  # the locks this process holds until it ends
+
+
+def claim_output_folder(config: FineTuningConfig) -> None:
+    """Lock the output folder, so that no second run writes to it; the lock ends with the process."""
+    import fcntl
+
+    output = Path(config.output_dir)
+    if not is_main_process():
+        return
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        handle = (output / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise FineTuningError(
+            f"The output folder {output} cannot be written: {error.strerror}",
+            hint="Change its permissions, or set --output_dir to another path.",
+        ) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        handle.seek(0)
+        raise FineTuningError(
+            f"Another run (process {handle.read().strip() or 'unknown'}) is writing to {output}.",
+            hint="Wait for it or stop it, or set --output_dir to another path.",
+        ) from error
+    except OSError as error:  # a file system without locks, some network shares
+        log.warning("  %s cannot be locked (%s): start no second run on it", output, error.strerror)
+    handle.truncate(0)
+    handle.write(str(os.getpid()))
+    handle.flush()
+    claimed_folders.append(handle)
 
 
 def choose_device(config: FineTuningConfig) -> "tuple[str, str]":
@@ -1515,7 +1558,7 @@ def add_adapter(model: "PreTrainedModel", config: FineTuningConfig) -> "PeftMode
             task_type="CAUSAL_LM",
         ),
     )
-    # What serves the adapter must find the base: a hub id anywhere, a local folder by its full path.
+    # Whoever loads the adapter must find the base: a hub id anywhere, a folder by its full path.
     name = config.model_name
     if Path(name).expanduser().is_dir():
         name = str(Path(name).expanduser().resolve())
@@ -1992,9 +2035,9 @@ def trainer_classes() -> "tuple[type, type]":
                 args.eval_steps,
                 args.save_steps,
             )
-            if state.global_step % args.eval_steps == 0:
-                if self.trainer.run.last_evaluated_step != state.global_step:
-                    self.trainer.evaluate()
+            due = state.global_step % args.eval_steps == 0
+            if due and self.trainer.run.last_evaluated_step != state.global_step:
+                self.trainer.evaluate()
 
         def on_epoch_begin(self, args, state, control, **_) -> None:  # noqa: ARG002
             """Shuffle by seed and epoch, in a resumed epoch too."""
@@ -2021,16 +2064,14 @@ def evaluate_run(trainer: "LoraTrainer") -> "dict[str, float]":
         log.info("  step %d: eval loss %.4f, the best so far", step, loss)
     else:
         run.evaluations_without_gain += 1
-        log.info(
-            "  step %d: eval loss %.4f (best %.4f at step %s)",
-            step,
-            loss,
-            run.best_eval_loss,
-            run.best_step,
-        )
+        best = f"best {run.best_eval_loss:.4f} at step {run.best_step}"
+        log.info("  step %d: eval loss %.4f (%s)", step, loss, best)
     run.history.append({"step": step, "eval_loss": loss})
     metrics = {"eval_loss": loss}
     trainer.log(dict(metrics))
+    trainer.control = trainer.callback_handler.on_evaluate(
+        trainer.args, trainer.state, trainer.control, metrics
+    )
     patience = trainer.config.early_stopping_patience
     if patience and run.evaluations_without_gain >= patience:
         log.info("  early stopping: %d evaluations without a better eval loss", patience)
@@ -2428,6 +2469,29 @@ def package_versions() -> "dict[str, str]":
     }
 
 
+def find_finished_run(config: FineTuningConfig, data: PreparedData) -> "RunArtifacts | None":
+    """Return this very run's result where the output folder already holds it, whole."""
+    output = Path(config.output_dir)
+    if config.overwrite or config.resume != "auto":
+        return None
+    theirs = finished_identity(output)
+    if theirs is None or differences(theirs, run_identity(config, data.source.sha256)):
+        return None  # stage 4 says what differs
+    metrics = json.loads((output / METRICS_FILE).read_text(encoding="utf-8"))
+    adapter = output / "adapter_model.safetensors"
+    if not adapter.is_file() or sha256_of(adapter) != metrics["adapter_sha256"]:
+        log.warning("The adapter in %s is damaged; it is written again", output)
+        return None
+    log.info("")
+    log.info("This run is finished and its adapter is whole: %s", output)
+    log.info(
+        "  eval loss %.4f before, %.4f after; --overwrite trains it anew",
+        metrics["eval_loss_before"],
+        metrics["eval_loss"],
+    )
+    return RunArtifacts(output, metrics)
+
+
 RUN_FILES = (
     "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "tokenizer.model", "chat_template.jinja", CONFIG_FILE, METRICS_FILE,
@@ -2555,10 +2619,14 @@ def run(config: FineTuningConfig) -> RunArtifacts:
     """Run the five stages."""
     with stage(1, "preflight"):
         report = run_preflight(config)
+        claim_output_folder(config)
     with stage(2, "download"):
         file = fetch_dataset(config)
     with stage(3, "prepare"):
         data = prepare_dataset(file, config)
+    finished = find_finished_run(config, data)
+    if finished:
+        return finished
     with stage(4, "train"):
         result = train_lora(data, report, config)
     with stage(5, "save"):
@@ -2594,7 +2662,7 @@ COMMANDS = {
 
 
 def build_parser(command: str) -> argparse.ArgumentParser:
-    """Build the parser of one command; values stay text, so that all problems can be told at once."""
+    """Build the parser of one command; values stay text, to tell all problems at once."""
     parser = argparse.ArgumentParser(
         prog="unified_finetune.py",
         usage="%(prog)s [train | check | data | chat] [--FLAG VALUE ...]",
@@ -2630,7 +2698,10 @@ def build_parser(command: str) -> argparse.ArgumentParser:
 
 
 def parse_command_line(argv: Sequence[str]) -> "tuple[str, FineTuningConfig, argparse.Namespace]":
-    """Return the command, the configuration (defaults < --config < environment < flags) and its own options."""
+    """Return the command, the configuration and the command's own options.
+
+    Precedence: defaults < --config < environment < flags.
+    """
     command, rest = "train", list(argv)
     if rest and not rest[0].startswith("-"):
         command = rest.pop(0)
@@ -2670,7 +2741,10 @@ def describe_unknown(argument: str) -> str:
 
 
 def read_environment() -> list[Setting]:
-    """Load .env (current folder first, then the program's; the shell wins) and return settings from it."""
+    """Load .env and return the settings in it.
+
+    The current folder's comes first, then the program's; the shell wins over both.
+    """
     try:
         import dotenv
     except ImportError:  # preflight reports the missing package
