@@ -1,0 +1,326 @@
+"""Time this project's engine against plain TRL SFTTrainer, side by side, at the same settings.
+
+Builds a Llama of TinyLlama's width with random weights at a chosen number of layers, takes real or
+sample rows, and runs the variants in turn (A B A B ...), each in a process of its own, so that peak
+memory is its own too. Prints medians and ratios and writes them as JSON.
+
+    python tests/benchmark.py                                  fp32, 6 layers, the sample data
+    python tests/benchmark.py --data rows.json --precision fp32 bf16 --rounds 3
+
+Settings of all variants: micro-batch 2 x 8 = 16 examples a step, LoRA r 32 on q, k, v, o with
+dropout 0.05, AdamW, no packing, no gradient checkpointing. `plain` is SFTTrainer as it comes with
+those settings; in bf16 its base model is loaded in bf16 (its fastest set-up), and `plain-autocast`
+is the usual autocast over an fp32 base. `ours-small` grants the engine passes of about four
+examples, `ours` the full 2 x 1024 tokens.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+BATCH = 16
+SETTINGS = {
+    "lora_dropout": 0.05,
+    "max_seq_length": 1024,
+    "warmup_steps": 2,
+    "num_train_epochs": 1,
+    "logging_steps": 1000,
+    "eval_steps": 100000,
+    "save_steps": 100000,
+    "device": "cpu",
+}
+SMALL_BUDGET = 224  # tokens: about four of the real data's examples
+
+
+def build_model(layers: int, tokenizer: Path, cache: Path) -> Path:
+    """Write a Llama of TinyLlama's width with `layers` layers and random weights, once."""
+    folder = cache / f"wide-llama-{layers}"
+    if (folder / "model.safetensors").is_file():
+        return folder
+    import shutil
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(tokenizer / name, folder / name)
+    return folder
+
+
+def tokenize_rows(model: Path, data: Path, count: int) -> "list[dict]":
+    """Tokenize `count` shuffled rows as the program does."""
+    import unified_finetune as program
+
+    text = data.read_text(encoding="utf-8")
+    rows = json.loads(text) if text.lstrip().startswith("[") else list(map(json.loads, text.splitlines()))
+    random.Random(42).shuffle(rows)
+    tokenizer = program.load_tokenizer(str(model))
+    examples = []
+    for number, row in enumerate((rows * (count // len(rows) + 1))[:count]):
+        question = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
+        prompt = program.render_chat(
+            tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True
+        )
+        prompt_ids = program.tokenize_rendered(tokenizer, prompt)
+        ids = program.tokenize_rendered(tokenizer, prompt + row["output"] + tokenizer.eos_token)
+        examples.append(
+            {"row": number, "prompt": prompt, "answer": row["output"], "input_ids": ids, "prompt_length": len(prompt_ids)}
+        )
+    return examples
+
+
+def run_ours(model: Path, examples: "list[dict]", evaluation: "list[dict]", precision: str, budget: "int | None") -> dict:
+    """Train with the program's own stage 4 and return its timings."""
+    import datasets
+
+    import unified_finetune as program
+
+    values = SETTINGS | {"model_name": str(model), "output_dir": tempfile.mkdtemp(), "bf16": precision == "bf16"}
+    config = program.build_config([program.Setting(k, v, "benchmark") for k, v in values.items()])
+    data = program.PreparedData(
+        datasets.Dataset.from_list(examples),
+        datasets.Dataset.from_list(evaluation),
+        program.load_tokenizer(str(model)),
+        program.QualityReport(0, 0, 1, 0, 0, 0, 0, {}, ()),
+        program.DatasetFile(Path("benchmark"), 0, None, "benchmark", "benchmark"),
+        0,
+    )
+    dtype = "bfloat16" if precision == "bf16" else "float32"
+    adapted = program.add_adapter(program.load_base_model(config, "cpu", dtype), config)
+    run = program.start_run(data, config, "cpu", dtype, None)
+    run.budget = budget or run.budget
+    program.use_packed_attention(adapted)
+    trainer = program.build_trainer(data, config, adapted, run, "cpu")
+    seconds = []
+    note = program.note_step
+
+    def timed(trainer):
+        seconds.append(time.monotonic())
+        note(trainer)
+
+    program.note_step = timed
+    trainer.evaluate = lambda **_: {"eval_loss": 0.0}
+    trainer._save_checkpoint = lambda *_: None
+    with program.progress_bar(len(examples) // BATCH, "steps", "training") as trainer.bar:
+        trainer.train()
+    started = time.monotonic()
+    program.mean_loss(adapted, data.eval, 4 * run.budget, "cpu")
+    return {"marks": seconds, "evaluation": time.monotonic() - started, "losses": [r["loss"] for r in run.history]}
+
+
+def run_plain(model: Path, examples: "list[dict]", evaluation: "list[dict]", precision: str, autocast: bool) -> dict:
+    """Train with SFTTrainer as it comes and return its timings."""
+    import datasets
+    import torch
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    import unified_finetune as program
+
+    def labelled(rows):
+        return datasets.Dataset.from_list(
+            [
+                {
+                    "input_ids": r["input_ids"],
+                    "labels": [-100] * r["prompt_length"] + r["input_ids"][r["prompt_length"] :],
+                }
+                for r in rows
+            ]
+        )
+
+    marks, losses = [], []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            marks.append(time.monotonic())
+
+        def on_log(self, args, state, control, logs=None, **_):
+            if logs and "loss" in logs:
+                losses.append(logs["loss"])
+
+    half = precision == "bf16"
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16 if half and not autocast else torch.float32)
+    trainer = SFTTrainer(
+        model=base,
+        args=SFTConfig(
+            output_dir=tempfile.mkdtemp(),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=8,
+            num_train_epochs=1,
+            learning_rate=2e-5,
+            weight_decay=0.01,
+            warmup_steps=2,
+            lr_scheduler_type="cosine",
+            bf16=half,
+            activation_checkpointing=False,
+            use_cpu=True,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            seed=42,
+            disable_tqdm=True,
+            max_length=None,
+            per_device_eval_batch_size=8,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        train_dataset=labelled(examples),
+        eval_dataset=labelled(evaluation),
+        processing_class=program.load_tokenizer(str(model)),
+        peft_config=LoraConfig(
+            r=32,
+            lora_alpha=64,
+            lora_dropout=0.05,
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+            task_type="CAUSAL_LM",
+        ),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    started = time.monotonic()
+    trainer.evaluate()
+    return {"marks": marks, "evaluation": time.monotonic() - started, "losses": losses}
+
+
+def work(args: argparse.Namespace) -> None:
+    """Run one variant in this process and print its figures as the last line."""
+    model = Path(args.model)
+    examples = tokenize_rows(model, Path(args.data), BATCH * args.steps + 64)
+    evaluation, examples = examples[:64], examples[64:]
+    variant, precision = args.worker.split(":")
+    if variant.startswith("ours"):
+        budget = SMALL_BUDGET if variant == "ours-small" else None
+        result = run_ours(model, examples, evaluation, precision, budget)
+    else:
+        result = run_plain(model, examples, evaluation, precision, variant == "plain-autocast")
+    steps = [b - a for a, b in zip(result["marks"], result["marks"][1:], strict=False)]
+    tokens = [len(e["input_ids"]) for e in examples]
+    pairs = list(zip(tokens[::2], tokens[1::2], strict=True))
+    result |= {
+        "step_seconds": steps,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "tokens_per_example": sum(tokens) / len(tokens),
+        "supervised_per_example": sum(len(e["input_ids"]) - e["prompt_length"] for e in examples) / len(examples),
+        # of the cells that padding pairs of examples computes
+        "padded_share": 0.0 if variant.startswith("ours") else 1 - sum(tokens) / sum(2 * max(p) for p in pairs),
+        "eval_examples": len(evaluation),
+    }
+    print("\n" + json.dumps(result))
+
+
+def gemm_rate(precision: str) -> float:
+    """Return the machine's own rate, in GFLOP/s, at the size of TinyLlama's MLP."""
+    import torch
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(768, 2048).to(dtype), torch.randn(5632, 2048).to(dtype)
+    times = []
+    for _ in range(12):
+        started = time.monotonic()
+        torch.nn.functional.linear(a, b)
+        times.append(time.monotonic() - started)
+    return 2 * 768 * 2048 * 5632 / statistics.median(times[2:]) / 1e9
+
+
+def step_gflop(layers: int, tokens: float, supervised: float) -> float:
+    """Count the products of a frozen-base step: forward and input gradients of 16 examples.
+
+    The first layer's q, k and v need no input gradient, which this leaves in (a percent).
+    """
+    layer = 2 * (2048 * 2048 * 2 + 2048 * 256 * 2 + 2048 * 5632 * 3)
+    head = 2 * 2048 * 32000
+    return BATCH * 2 * (layers * layer * tokens + head * supervised) / 1e9
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--data", default=str(REPO / "tests/data/college_advisor_sample.json"))
+    parser.add_argument("--tokenizer", default=os.environ.get("UNIFIED_FINETUNE_ASSETS", "") and os.environ["UNIFIED_FINETUNE_ASSETS"] + "/tokenizers/tinyllama-1.1b-chat")
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of each run (the first is warm-up)")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each variant, in turn")
+    parser.add_argument("--only", nargs="+", help="these variants only")
+    parser.add_argument("--json", default="benchmark.json")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(args)
+        return
+    cache = Path(tempfile.gettempdir()) / "unified-finetune-benchmark"
+    model = build_model(args.layers, Path(args.tokenizer), cache)
+    report = {}
+    for precision in args.precision:
+        variants = ["plain", "ours-small", "ours"] + ["plain-autocast"] * (precision == "bf16")
+        report[precision] = compare(args, model, precision, [v for v in variants if not args.only or v in args.only])
+    Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def compare(args: argparse.Namespace, model: Path, precision: str, variants: "list[str]") -> dict:
+    """Run the variants in turn and print a row for each."""
+    runs: "dict[str, list[dict]]" = {v: [] for v in variants}
+    rates = []
+    for _ in range(args.rounds):
+        for variant in variants:
+            rates.append(gemm_rate(precision))
+            command = [sys.executable, __file__, "--worker", f"{variant}:{precision}", "--model", str(model), "--data", args.data, "--steps", str(args.steps)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(done.stderr[-3000:])
+            runs[variant].append(json.loads(done.stdout.strip().splitlines()[-1]))
+    rate = statistics.median(rates)
+    print(f"\n{precision}, {args.layers} layers, GEMM {rate:.0f} GFLOP/s, {os.cpu_count()} cores")
+    print(f"{'variant':<16}{'examples/s':>11}{'ratio':>7}{'tokens/s':>10}{'padded':>8}{'peak GB':>9}{'of GEMM':>9}{'eval ex/s':>11}{'ratio':>7}")
+    rows = {}
+    for variant, results in runs.items():
+        step = statistics.median(s for r in results for s in r["step_seconds"])
+        first = results[0]
+        row = {
+            "examples_per_second": BATCH / step,
+            "tokens_per_second": BATCH * first["tokens_per_example"] / step,
+            "padded_share": first["padded_share"],
+            "peak_gb": statistics.median(r["peak_gb"] for r in results),
+            "share_of_gemm": step_gflop(args.layers, first["tokens_per_example"], first["supervised_per_example"]) / step / rate,
+            "eval_examples_per_second": first["eval_examples"] / statistics.median(r["evaluation"] for r in results),
+            "losses": first["losses"],
+        }
+        base = rows.get("plain", row)
+        row["ratio"] = row["examples_per_second"] / base["examples_per_second"]
+        row["eval_ratio"] = row["eval_examples_per_second"] / base["eval_examples_per_second"]
+        rows[variant] = row
+        print(
+            f"{variant:<16}{row['examples_per_second']:>11.2f}{row['ratio']:>7.2f}{row['tokens_per_second']:>10.0f}"
+            f"{row['padded_share']:>8.1%}{row['peak_gb']:>9.2f}{row['share_of_gemm']:>9.1%}"
+            f"{row['eval_examples_per_second']:>11.2f}{row['eval_ratio']:>7.2f}"
+        )
+    return {"gemm_gflops": rate, "layers": args.layers, "cores": os.cpu_count(), "variants": rows}
+
+
+if __name__ == "__main__":
+    main()
