@@ -30,11 +30,13 @@ if sys.version_info < MINIMUM_PYTHON:
     )
 
 import argparse
+import codecs
 import contextlib
 import dataclasses
 import difflib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -47,11 +49,13 @@ import tempfile
 import threading
 import time
 import typing
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TextIO
 
 if TYPE_CHECKING:
     import datasets
@@ -120,6 +124,7 @@ class FineTuningConfig:
     # --- the data
     train_split: float = option(0.9, "share of the valid rows to train on", above=0, below=1)
     eval_split: float = option(0.1, "share of the valid rows to evaluate on", above=0, below=1)
+    overlong: Literal["drop", "truncate"] = option("drop", "what happens to rows of more than max_seq_length tokens")
     min_data_quality_score: float = option(0.85, "least share of valid rows to go on without asking", at_least=0, at_most=1)
     system_prompt: "str | None" = option(None, "system message put before every example and every chat")
     r2_bucket_name: str = option("collegeadvisor-finetuning-data", "bucket in Cloudflare R2 (environment: R2_BUCKET_NAME)")
@@ -597,7 +602,9 @@ class QualityReport:
     avg_instruction_length: float
     avg_output_length: float
     checks: "dict[str, int]"
-    rejected: "tuple[dict[str, Any], ...]"
+    rejected: "tuple[dict[str, Any], ...]"  # unusable: row (from 0), line, reason, detail
+    dropped: "tuple[dict[str, Any], ...]"  # usable, but left out
+    truncated: "tuple[dict[str, Any], ...]"
 
 
 @dataclass(frozen=True)
@@ -614,7 +621,9 @@ class PreparedData:
     tokenizer: "PreTrainedTokenizerFast"
     quality: QualityReport
     source: DatasetFile
+    max_seq_length: int  # config.max_seq_length, or the model's positions where these are fewer
     truncated_examples: int
+    dropped_examples: int
 
 
 @dataclass(frozen=True)
@@ -1136,6 +1145,545 @@ def fetch_dataset(config: FineTuningConfig) -> DatasetFile:
 # ======================================================================================
 
 
+# --- reading the file, row by row, so that its size does not matter
+
+JSON_SPACE = b" \t\r\n"
+MAX_ROW_BYTES = 64 * 1024 * 1024  # a longer row means that something is wrong with the file
+MAX_DOCUMENT_BYTES = 512 * 1024 * 1024  # an object around the rows has to be read as a whole
+BROKEN_LINES_SHOWN = 5
+WRAPPER_KEYS = ("data", "rows", "examples", "train", "instances", "samples", "records", "items")
+CONTAINER_FORMATS = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "ZIP",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+}
+
+
+class SourceRow(NamedTuple):
+    """Hold one value of the data file: its index (from 0) and the line it starts on (from 1)."""
+
+    row: int
+    line: "int | None"
+    value: object
+
+
+def check_is_text(path: Path, head: bytes) -> None:
+    """Raise FineTuningError when the first bytes of a file show that it is not UTF-8 text."""
+    hint = "The data must be a JSON array or JSON Lines in UTF-8."
+    if not head.removeprefix(b"\xef\xbb\xbf").strip(JSON_SPACE):
+        raise FineTuningError(f"{path} is empty: it holds no rows.", hint=hint)
+    for magic, name in CONTAINER_FORMATS.items():
+        if head.startswith(magic):
+            raise FineTuningError(
+                f"{path} is a {name} file, not JSON text.", hint="Unpack or convert it. " + hint
+            )
+    sample = head[:2000]
+    zeros = sample.count(0)  # in UTF-16, every second byte of English text
+    one_sided = min(sample[0::2].count(0), sample[1::2].count(0)) * 10 < zeros
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (one_sided and zeros * 3 > len(sample)):
+        raise FineTuningError(
+            f"{path} is UTF-16 text, not UTF-8.",
+            hint="Convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW",
+        )
+    if b"\0" in sample:
+        raise FineTuningError(f"{path} is a binary file, not JSON text.", hint=hint)
+
+
+def utf8_error(path: Path, error: UnicodeDecodeError, offset: int, line: int) -> FineTuningError:
+    """Describe a byte that is not UTF-8, in a piece of the file that starts at `offset`, `line`."""
+    return FineTuningError(
+        "{} is not UTF-8: byte 0x{:02X} at offset {} (line {}) cannot be read.".format(
+            path,
+            error.object[error.start],
+            offset + error.start,
+            line + error.object.count(b"\n", 0, error.start),
+        ),
+        hint="Save the file as UTF-8, for example: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW",
+    )
+
+
+def syntax_error(path: Path, what: str, line: int, column: int) -> FineTuningError:
+    """Describe a JSON syntax error with its place."""
+    return FineTuningError(
+        f"{path}, line {line}, column {column}: {what}.",
+        hint="Correct the file, or export it again.",
+    )
+
+
+def describe_json_error(error: "ValueError | RecursionError") -> "tuple[str, int]":
+    """Return what is wrong with a JSON text and at which position."""
+    if isinstance(error, json.JSONDecodeError):
+        return "not valid JSON: " + error.msg.lower(), error.pos
+    if isinstance(error, RecursionError):
+        return "nested too deeply", 0
+    return "not valid JSON: " + first_line(error), 0
+
+
+def make_json_decoder() -> json.JSONDecoder:
+    """Build the decoder of rows; whole numbers become floats: Python refuses very long ones."""
+    return json.JSONDecoder(parse_int=float)
+
+
+def read_lines(stream: BinaryIO, path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file; refuse one of a length that no data set could mean."""
+    for number in itertools.count(1):
+        line = stream.readline(MAX_ROW_BYTES)
+        if not line:
+            return
+        if len(line) == MAX_ROW_BYTES:
+            raise FineTuningError(
+                f"{path}, line {number}: over {human_bytes(MAX_ROW_BYTES)} without a line break.",
+                hint="Write one row per line (JSON Lines), or all rows as one JSON array.",
+            )
+        yield line
+
+
+def read_json_lines(stream: BinaryIO, path: Path) -> Iterator[SourceRow]:
+    """Yield the rows of JSON Lines; broken lines are counted to the end, then reported together."""
+    decode = make_json_decoder().decode
+    broken: list[str] = []
+    count = index = 0
+    offset = stream.tell()
+    for number, raw in enumerate(read_lines(stream, path), 1):
+        try:
+            text = raw.decode("utf-8").lstrip("\ufeff")
+        except UnicodeDecodeError as error:
+            raise utf8_error(path, error, offset, number) from error
+        offset += len(raw)
+        if not text.strip():
+            continue
+        try:
+            value = decode(text)
+        except (ValueError, RecursionError) as error:
+            what, position = describe_json_error(error)
+            count += 1
+            if count <= BROKEN_LINES_SHOWN:
+                broken.append(f"line {number}, column {position + 1}: {what}")
+            continue
+        if not count:  # after a broken line, the rest is only counted
+            yield SourceRow(index, number, value)
+        index += 1
+    if count:
+        raise FineTuningError(
+            f"{path}: {count} of {index + count} lines cannot be read as JSON:\n"
+            + "\n".join("  - " + b for b in broken + ["..."] * (count > len(broken))),
+            hint="Correct or remove these lines, or export the file again.",
+        )
+
+
+class JsonWindow:
+    """Hold the piece of a JSON file that is being read, and know where in the file it lies."""
+
+    def __init__(self, stream: BinaryIO, path: Path) -> None:
+        self.stream, self.path = stream, path
+        self.decode_value = make_json_decoder().raw_decode
+        self.decode_utf8 = codecs.getincrementaldecoder("utf-8")("strict").decode
+        self.text, self.position = "", 0
+        self.line, self.column = 1, 1  # of text[0]
+        self.offset, self.newlines = stream.tell(), 0  # of the bytes read so far
+        self.at_end = False
+
+    def place(self, position: int) -> "tuple[int, int]":
+        """Return the line and column, both from 1, of a position in the text."""
+        newlines = self.text.count("\n", 0, position)
+        if not newlines:
+            return self.line, self.column + position
+        return self.line + newlines, position - self.text.rindex("\n", 0, position)
+
+    def fill(self) -> None:
+        """Drop what was used and read on, at least as much as is left, so that retries stay few."""
+        self.line, self.column = self.place(self.position)
+        self.text, self.position = self.text[self.position :], 0
+        piece = self.stream.read(max(1 << 20, len(self.text)))
+        self.at_end = not piece
+        try:
+            self.text += self.decode_utf8(piece, final=self.at_end)
+        except UnicodeDecodeError as error:
+            # The decoder puts the few bytes it held back in front of the piece.
+            start = self.offset - (len(error.object) - len(piece))
+            raise utf8_error(self.path, error, start, self.newlines + 1) from error
+        self.offset += len(piece)
+        self.newlines += piece.count(b"\n")
+
+    def next_char(self) -> str:
+        """Move to the next character that is not white space and return it ("" at the end)."""
+        while True:
+            match = re.compile(r"[ \t\r\n]*").match(self.text, self.position)
+            self.position = match.end() if match else self.position
+            if self.position < len(self.text):
+                return self.text[self.position]
+            if self.at_end:
+                return ""
+            self.fill()
+
+    def next_value(self) -> object:
+        """Read the JSON value at the position and move behind it."""
+        while True:
+            try:
+                value, end = self.decode_value(self.text, self.position)
+            except (ValueError, RecursionError) as error:
+                what, position = describe_json_error(error)
+                if self.at_end or not self.may_go_on(what, position):
+                    raise self.error(what, max(position, self.position)) from error
+            else:
+                if self.at_end or end < len(self.text):
+                    self.position = end
+                    return value
+            if len(self.text) - self.position > MAX_ROW_BYTES:
+                raise self.error(f"a row longer than {human_bytes(MAX_ROW_BYTES)}", self.position)
+            self.fill()
+
+    def may_go_on(self, what: str, position: int) -> bool:
+        """Tell whether an error can come from the piece being cut off rather than from the file."""
+        return "unterminated string" in what or position >= len(self.text) - 16
+
+    def error(self, what: str, position: int) -> FineTuningError:
+        """Describe a syntax error at a position; say so where the file simply ends too early."""
+        if self.at_end and ("unterminated" in what or not self.text[position:].strip()):
+            what += " (the file ends too early: was it cut off?)"
+        return syntax_error(self.path, what, *self.place(position))
+
+
+def read_json_array(stream: BinaryIO, path: Path) -> Iterator[SourceRow]:
+    """Yield the elements of a JSON array without holding more than a piece of it."""
+    window = JsonWindow(stream, path)
+    window.next_char()
+    window.position += 1  # behind the bracket
+    index = 0
+    if window.next_char() != "]":
+        while True:
+            window.next_char()
+            line, _ = window.place(window.position)
+            yield SourceRow(index, line, window.next_value())
+            index += 1
+            char = window.next_char()
+            if char == "]":
+                break
+            if char != ",":
+                raise window.error("not valid JSON: expecting ',' or ']'", window.position)
+            window.position += 1
+    window.position += 1
+    if window.next_char():
+        raise window.error("more text after the end of the array", window.position)
+
+
+def read_json_document(stream: BinaryIO, path: Path) -> Iterator[SourceRow]:
+    """Yield the rows of a JSON object that holds them in a list, or that is the only row."""
+    raw = stream.read(MAX_DOCUMENT_BYTES + 1)
+    if len(raw) > MAX_DOCUMENT_BYTES:
+        raise FineTuningError(
+            f"{path} is one JSON object of more than {human_bytes(MAX_DOCUMENT_BYTES)}.",
+            hint="Write so many rows as JSON Lines: one row per line.",
+        )
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise utf8_error(path, error, stream.tell() - len(raw), 1) from error
+    try:
+        content = make_json_decoder().decode(text)
+    except (ValueError, RecursionError) as error:
+        what, position = describe_json_error(error)
+        if position >= len(text.rstrip()) or "unterminated" in what:
+            what += " (the file ends too early: was it cut off?)"
+        line = text.count("\n", 0, position) + 1
+        column = position - text.rfind("\n", 0, position)
+        raise syntax_error(path, what, line, column) from error
+    for index, value in enumerate(rows_of_document(content, path)):
+        yield SourceRow(index, None, value)
+
+
+def rows_of_document(content: "dict[str, object]", path: Path) -> "list[object]":
+    """Return the rows inside a top-level object."""
+    turns = next((content[key] for key in TURN_KEYS if key in content), None)
+    if any(isinstance(content.get(key), str) for key in ANSWER_KEYS) or (
+        isinstance(turns, list)
+        and any(isinstance(t, dict) and ("role" in t or "from" in t) for t in turns)
+    ):
+        return [content]
+    lists = {key: value for key, value in content.items() if isinstance(value, list)}
+    named = [key for key in lists if key in WRAPPER_KEYS]
+    if len(lists) == 1 and (named or any(isinstance(v, dict) for v in next(iter(lists.values())))):
+        return next(iter(lists.values()))
+    hint = "The file must be an array of rows, JSON Lines, or an object with the rows in one list."
+    if len(lists) > 1:
+        raise FineTuningError(
+            "{} is an object with several lists ({}), so which one holds the rows is open.".format(
+                path, shorten(", ".join(lists))
+            ),
+            hint=hint,
+        )
+    raise FineTuningError(
+        "{} is one JSON object without a list of rows (its keys: {}).".format(
+            path, shorten(", ".join(content)) or "none"
+        ),
+        hint=hint,
+    )
+
+
+def shorten(text: str, length: int = 120) -> str:
+    """Return `text` on one line, cut to `length` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def shorten_middle(text: str, length: int = 600) -> str:
+    """Return `text` with its middle left out where it is longer than `length` characters."""
+    half = length // 2
+    return text if len(text) <= length else f"{text[:half]} […] {text[-half:]}"
+
+
+def looks_like_json_lines(stream: BinaryIO, path: Path) -> bool:
+    """Tell from its first lines whether a file that starts with a brace has one row per line."""
+    decode = make_json_decoder().decode
+    lines: list[str] = []
+    parsed: list[bool] = []
+    for raw in read_lines(stream, path):
+        text = raw.decode("utf-8", errors="replace").strip()
+        if text:
+            lines.append(text)
+            try:
+                parsed.append(isinstance(decode(text), dict))
+            except (ValueError, RecursionError):
+                parsed.append(False)
+        if len(lines) == BROKEN_LINES_SHOWN:
+            break
+    if parsed[0]:
+        return len(lines) > 1
+    # A broken first row: an object over several lines opens with a line that is left unfinished.
+    return not lines[0].endswith(("{", "[", ",")) and (lines[0].endswith("}") or any(parsed))
+
+
+def read_rows(path: Path) -> Iterator[SourceRow]:
+    """Yield the rows of a data file: a JSON array, JSON Lines or an object around a list.
+
+    What the file is follows from its content, not from its name.
+    Raises FineTuningError with line and column where it is none of these.
+    """
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(1 << 16)
+            check_is_text(path, head)
+            start = 3 if head.startswith(b"\xef\xbb\xbf") else 0
+            text = head[start:].lstrip(JSON_SPACE)
+            stream.seek(start)
+            if text.startswith(b"["):
+                yield from read_json_array(stream, path)
+                return
+            if not text.startswith(b"{"):
+                raise not_json_error(path, text)
+            lines = looks_like_json_lines(stream, path)
+            stream.seek(start)
+            yield from (read_json_lines if lines else read_json_document)(stream, path)
+    except OSError as error:
+        raise FineTuningError(
+            f"{path} cannot be read: {error.strerror or error}.",
+            hint="Check the path and its permissions.",
+        ) from error
+
+
+def not_json_error(path: Path, text: bytes) -> FineTuningError:
+    """Describe a text that starts with neither a bracket nor a brace."""
+    try:
+        start = text[:40].decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.start < 36:  # else only the cut fell into a character
+            return utf8_error(path, error, 0, 1)
+        start = text[: error.start].decode("utf-8")
+    if sum(unicodedata.category(c) == "Cc" and not c.isspace() for c in start) > 2:
+        return FineTuningError(
+            f"{path} is a binary file, not JSON text.",
+            hint="The data must be a JSON array or JSON Lines in UTF-8.",
+        )
+    return FineTuningError(
+        f"{path} is not JSON: it starts with {shorten(start, 30)!r} instead of [ or {{.",
+        hint="The data must be a JSON array or JSON Lines (convert CSV and plain text first).",
+    )
+
+
+# --- from the shapes that people have to one question and one answer
+
+TURN_KEYS = ("messages", "conversations", "conversation")
+QUESTION_KEYS = ("instruction", "prompt", "question")
+INPUT_KEYS = ("input", "context")
+ANSWER_KEYS = ("output", "completion", "response", "answer")
+SYSTEM_KEYS = ("system", "system_prompt")
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+}
+
+
+class RowRejectedError(Exception):
+    """Say why a row cannot be used: names of checks, each with what was found."""
+
+    def __init__(self, *problems: "tuple[str, str]") -> None:
+        super().__init__("; ".join(detail for _, detail in problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Hold one usable row: the messages up to the answer, and the answer that is trained."""
+
+    row: int
+    line: "int | None"
+    messages: "list[dict[str, str]]"
+    answer: str
+
+    @property
+    def question(self) -> str:
+        """Return everything the answer answers, without the system message."""
+        return "\n\n".join(m["content"] for m in self.messages if m["role"] != "system")
+
+
+def name_type(value: object) -> str:
+    """Name the JSON type of a value that is not text."""
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, float):
+        return "NaN" if value != value else "a number"
+    return {dict: "an object", list: "a list", type(None): "null"}.get(type(value), "no text")
+
+
+def take_text(value: object, name: str) -> str:
+    """Return a field as text with plain line ends and nothing around it; reject anything else."""
+    if not isinstance(value, str):
+        raise RowRejectedError(("not_text", f"{name} is {name_type(value)}, not text"))
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowRejectedError(
+            ("broken_encoding", f"{name} holds half of a character (a lone surrogate)")
+        ) from error
+    if "\r" in value:
+        value = value.replace("\r\n", "\n").replace("\r", "\n")
+    text = value.strip()
+    if "\n" in text and value.lstrip("\n").startswith(("  ", "\t")):  # code may start indented
+        return value.lstrip("\n").rstrip()
+    return text
+
+
+def read_turns(turns: object, name: str) -> "list[dict[str, str]]":
+    """Return a list of turns ({"role", "content"} or {"from", "value"}) as messages."""
+    if not isinstance(turns, list):
+        raise RowRejectedError(("not_text", f"{name} is {name_type(turns)}, not a list of turns"))
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict):
+            raise RowRejectedError(("bad_turn", f"turn {number} is {name_type(turn)}"))
+        said = turn.get("role", turn.get("from"))
+        role = ROLES.get(said.lower()) if isinstance(said, str) else None
+        if role is None:
+            shown = shorten(said, 30) if isinstance(said, str) else name_type(said)
+            raise RowRejectedError(("bad_turn", f"turn {number} has the role {shown!r}"))
+        content = turn.get("content", turn.get("value", turn.get("text")))
+        if isinstance(content, list):  # OpenAI's parts: text can be joined, pictures cannot
+            parts = [p.get("text") if isinstance(p, dict) else p for p in content]
+            content = "".join(p for p in parts if isinstance(p, str)) if all(parts) else content
+        messages.append({"role": role, "content": take_text(content, f"turn {number}")})
+    return messages
+
+
+def split_turns(messages: "list[dict[str, str]]") -> "tuple[list[dict[str, str]], str]":
+    """Return the messages before the last answer, and that answer."""
+    if not messages:
+        raise RowRejectedError(("empty_instruction", "there are no turns"))
+    if messages[-1]["role"] != "assistant":
+        raise RowRejectedError(
+            ("no_answer", "the last turn is the {}'s".format(messages[-1]["role"]))
+        )
+    if any(m["role"] == "system" for m in messages[1:]):
+        raise RowRejectedError(("bad_turn", "a system message stands after the first turn"))
+    if messages[0] == {"role": "system", "content": ""}:
+        messages = messages[1:]
+    problems = []
+    if not any(m["role"] == "user" and m["content"] for m in messages):
+        problems.append(("empty_instruction", "the user says nothing"))
+    elif not all(m["content"] for m in messages[:-1]):
+        problems.append(("bad_turn", "a turn before the answer is empty"))
+    if not messages[-1]["content"]:
+        problems.append(("empty_output", "the last answer is empty"))
+    if problems:
+        raise RowRejectedError(*problems)
+    return messages[:-1], messages[-1]["content"]
+
+
+def read_fields(row: "dict[str, object]") -> "tuple[list[dict[str, str]], str]":
+    """Return question and answer of a row with named fields, such as Alpaca's."""
+    question_key = next((k for k in QUESTION_KEYS if k in row), None)
+    answer_key = next((k for k in ANSWER_KEYS if k in row), None)
+    input_key = next((k for k in INPUT_KEYS if row.get(k) is not None), None)
+    problems: list[tuple[str, str]] = []
+    texts = {}
+    for part, key in (("instruction", question_key), ("output", answer_key)):
+        if key is None or row[key] is None:
+            problems.append((f"empty_{part}", f"{key} is null" if key else f"no {part}"))
+            continue
+        try:
+            texts[part] = take_text(row[key], key)
+            if not texts[part]:
+                problems.append((f"empty_{part}", f"{key} is empty"))
+        except RowRejectedError as error:
+            problems += error.problems
+    extra = ""
+    try:
+        extra = take_text(row[input_key], input_key) if input_key else ""
+    except RowRejectedError as error:
+        problems += error.problems
+    if problems:
+        raise RowRejectedError(*problems)
+    question = texts["instruction"] + ("\n\n" + extra if extra else "")
+    return [{"role": "user", "content": question}], texts["output"]
+
+
+def read_prompt_turns(row: "dict[str, object]") -> "list[dict[str, str]] | None":
+    """Return the turns of a prompt/completion row whose fields are lists of messages, else None."""
+    prompt = row.get("prompt")
+    if not isinstance(prompt, list):
+        return None
+    key = next((k for k in ANSWER_KEYS if k in row), "completion")
+    answer = row.get(key)
+    messages = read_turns(prompt, "prompt")
+    if isinstance(answer, list):
+        return messages + read_turns(answer, key)
+    return [*messages, {"role": "assistant", "content": take_text(answer, key)}]
+
+
+def read_conversation(source: SourceRow, system_prompt: "str | None") -> Conversation:
+    """Return the conversation in a row of any known shape; raise RowRejectedError otherwise."""
+    row = source.value
+    if not isinstance(row, dict):
+        raise RowRejectedError(("not_an_object", f"the row is {name_type(row)}, not an object"))
+    turn_key = next((k for k in TURN_KEYS if k in row), None)
+    turns = read_turns(row[turn_key], turn_key) if turn_key else read_prompt_turns(row)
+    if turns is not None:
+        messages, answer = split_turns(turns)
+    elif any(k in row for k in QUESTION_KEYS + ANSWER_KEYS):
+        messages, answer = read_fields(row)
+    else:
+        keys = shorten(", ".join(map(str, row))) or "none"
+        raise RowRejectedError(("unknown_shape", f"none of the known keys (it has: {keys})"))
+    own = next((row[k] for k in SYSTEM_KEYS if row.get(k) is not None), system_prompt)
+    if own is not None and messages[0]["role"] != "system":
+        text = take_text(own, "system")
+        if text:
+            messages = [{"role": "system", "content": text}, *messages]
+    return Conversation(source.row, source.line, messages, answer)
+
+
+# --- tokens: rendered and tokenized exactly as they will be served
+
 # TinyLlama-Chat's (Zephyr's) format, for tokenizers that bring no template of their own.
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -1205,18 +1753,618 @@ def render_chat(
     return text
 
 
+def finish_ids(
+    tokenizer: "PreTrainedTokenizerFast", ids: "list[int]", text: str, bos_written: bool
+) -> "list[int]":
+    """Return the ids of `text` with the BOS that it wrote, without an end token that it did not."""
+    if bos_written and ids[:1] != [tokenizer.bos_token_id]:
+        ids = tokenizer.convert_tokens_to_ids([str(tokenizer.bos_token)]) + ids
+    # Some tokenizers put an end token behind every text: behind a prompt it would end the answer.
+    eos = tokenizer.eos_token_id
+    ends = 1 if text.endswith(str(tokenizer.eos_token)) else 0
+    while len(ids) > ends and ids[-1 - ends :] == [eos] * (ends + 1):
+        ids = ids[:-1]
+    return ids
+
+
 def tokenize_rendered(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
     """Tokenize rendered text as llama.cpp does, with special tokens and never two BOS."""
-    bos = tokenizer.bos_token
-    if bos and text.startswith(bos):  # the template wrote it
-        ids = tokenizer(text.removeprefix(bos))["input_ids"]
-        return ids if ids[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id, *ids]
-    return tokenizer(text)["input_ids"]
+    return tokenize_all(tokenizer, [text])[0]
+
+
+def tokenize_all(tokenizer: "PreTrainedTokenizerFast", texts: "list[str]") -> "list[list[int]]":
+    """Tokenize many rendered texts, each as `tokenize_rendered` does."""
+    bos = str(tokenizer.bos_token or "")
+    written = [bool(bos) and text.startswith(bos) for text in texts]
+    all_ids = tokenizer(
+        [t.removeprefix(bos) if w else t for t, w in zip(texts, written, strict=True)]
+    )["input_ids"]
+    return [
+        finish_ids(tokenizer, ids, text, w)
+        for ids, text, w in zip(all_ids, texts, written, strict=True)
+    ]
+
+
+ANSWER_MARK = "\u2063answer\u2063"  # stands in for an answer; no template or data contains it
+
+
+def cut_completion(
+    tokenizer: "PreTrainedTokenizerFast", conversation: Conversation, prompt: str, full: str
+) -> str:
+    """Return what the model has to write after `prompt`: the answer and the end token behind it.
+
+    Templates end a turn in different ways: an end token and a newline (cut off: it is never
+    generated), a marker without the end token (it is added), or nothing.
+    """
+    if not full.startswith(prompt):
+        # The template renders earlier text differently once an answer follows, so a stand-in tells
+        # where the answer lies.
+        marked = render_chat(
+            tokenizer,
+            [*conversation.messages, {"role": "assistant", "content": ANSWER_MARK}],
+            add_generation_prompt=False,
+        )
+        prompt = marked.partition(ANSWER_MARK)[0]
+    rest = full[len(prompt) :]
+    start = rest.find(conversation.answer)
+    if start < 0 or not full.startswith(prompt):
+        raise FineTuningError(
+            f"The model's chat template changes the answer of row {conversation.row}, "
+            "so what would be trained is not what the row says.",
+            hint="Choose a base model with a template that keeps text as it is.",
+        )
+    end = start + len(conversation.answer)
+    eos = str(tokenizer.eos_token)
+    at = rest.find(eos, end)
+    return rest[: at + len(eos)] if at >= 0 else rest[:end] + rest[end:].rstrip() + eos
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """Hold one row in tokens: the prompt (`prompt_length` of them), the answer, the end token."""
+
+    conversation: Conversation
+    prompt: str
+    completion: str
+    ids: "list[int]"
+    prompt_length: int
+    merged: bool
+
+
+def render_batch(
+    tokenizer: "PreTrainedTokenizerFast", batch: "Sequence[Conversation]"
+) -> "tuple[list[str], list[str]]":
+    """Render the prompts of a batch, and the whole conversations."""
+    prompts = [render_chat(tokenizer, c.messages, add_generation_prompt=True) for c in batch]
+    whole = [
+        render_chat(
+            tokenizer,
+            [*c.messages, {"role": "assistant", "content": c.answer}],
+            add_generation_prompt=False,
+        )
+        for c in batch
+    ]
+    return prompts, whole
+
+
+def encode_batch(
+    tokenizer: "PreTrainedTokenizerFast", batch: "Sequence[Conversation]"
+) -> "list[EncodedRow]":
+    """Render and tokenize conversations; the prompt's tokens are those that chat will send."""
+    prompts, whole = render_batch(tokenizer, batch)
+    completions = [
+        cut_completion(tokenizer, conversation, prompt, full)
+        for conversation, prompt, full in zip(batch, prompts, whole, strict=True)
+    ]
+    texts = [p + c for p, c in zip(prompts, completions, strict=True)]
+    rows = []
+    for conversation, prompt, completion, prompt_ids, ids in zip(
+        batch,
+        prompts,
+        completions,
+        tokenize_all(tokenizer, prompts),
+        tokenize_all(tokenizer, texts),
+        strict=True,
+    ):
+        merged = ids[: len(prompt_ids)] != prompt_ids
+        if merged:
+            ids = prompt_ids + tokenize_after(tokenizer, prompt_ids, completion, ids)
+        rows.append(EncodedRow(conversation, prompt, completion, ids, len(prompt_ids), merged))
+    return rows
+
+
+def tokenize_after(
+    tokenizer: "PreTrainedTokenizerFast",
+    prompt_ids: "list[int]",
+    completion: str,
+    whole_ids: "list[int]",
+) -> "list[int]":
+    """Tokenize a completion by itself, where its first token would merge with the prompt's last.
+
+    A tokenizer may put a space in front of a text; behind an anchor it does not.
+    """
+
+    def decode(ids: "list[int]") -> str:
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    wanted = decode(whole_ids)
+    for anchor in ("", "\n", "."):
+        anchor_ids = tokenizer(anchor, add_special_tokens=False)["input_ids"] if anchor else []
+        ids = tokenizer(anchor + completion, add_special_tokens=False)["input_ids"]
+        if ids[: len(anchor_ids)] == anchor_ids:
+            ids = ids[len(anchor_ids) :]
+            if decode(prompt_ids + ids) == wanted:
+                return ids
+    raise FineTuningError(
+        "The model's tokenizer cannot continue its own prompt: "
+        f"{shorten(completion, 60)!r} reads differently after it.",
+        hint="Choose a base model with an ordinary BPE or SentencePiece tokenizer.",
+    )
+
+
+# --- the stage
+
+BATCH_ROWS = 1000
+EXAMPLE_COLUMNS = ("row", "prompt", "answer", "input_ids", "prompt_length")
+MAX_LISTED_ROWS = 100_000  # in quality_report.json; the counts are always complete
+MAX_LOST_ANSWER_SHARE = 0.01
+LENGTH_CLASS_TOLERANCE = 0.1
+
+
+@dataclass
+class Tally:
+    """Collect what the rows turn out to be while they stream by."""
+
+    total: int = 0
+    valid: int = 0
+    question_chars: int = 0
+    answer_chars: int = 0
+    answer_tokens: int = 0
+    lost_tokens: int = 0
+    longest: int = 0
+    checks: "Counter[str]" = field(default_factory=Counter)
+    rejected: "list[dict[str, Any]]" = field(default_factory=list)
+    dropped: "list[dict[str, Any]]" = field(default_factory=list)
+    truncated: "list[dict[str, Any]]" = field(default_factory=list)
+    lengths: "list[int]" = field(default_factory=list)
+    prompt_lengths: "list[int]" = field(default_factory=list)
+    question_keys: "list[bytes]" = field(default_factory=list)
+
+
+def list_row(
+    rows: "list[dict[str, Any]]",
+    where: "SourceRow | Conversation",
+    reason: str,
+    detail: str,
+) -> None:
+    """Append a row to a list of the report, as long as that keeps a sane size."""
+    if len(rows) < MAX_LISTED_ROWS:
+        place = {} if where.line is None else {"line": where.line}
+        rows.append({"row": where.row, **place, "reason": reason, "detail": detail})
+
+
+def usable_rows(path: Path, config: FineTuningConfig, tally: Tally) -> Iterator[Conversation]:
+    """Yield the conversations of a file; rows that hold none are noted with their reasons."""
+    for source in read_rows(path):
+        tally.total += 1
+        try:
+            conversation = read_conversation(source, config.system_prompt)
+        except RowRejectedError as error:
+            tally.checks.update({reason for reason, _ in error.problems})
+            list_row(tally.rejected, source, error.problems[0][0], str(error))
+            continue
+        tally.valid += 1
+        tally.question_chars += len(conversation.question)
+        tally.answer_chars += len(conversation.answer)
+        yield conversation
+
+
+def fit_length(
+    row: EncodedRow, limit: int, config: FineTuningConfig, tally: Tally
+) -> "list[int] | None":
+    """Return the row's tokens within the limit, or None where it is left out; count what is lost.
+
+    A truncated row has no end token: it must not teach to stop in the middle of a sentence.
+    """
+    answer_tokens = len(row.ids) - row.prompt_length
+    tally.answer_tokens += answer_tokens
+    tally.longest = max(tally.longest, len(row.ids))
+    if len(row.ids) <= limit:
+        return row.ids
+    tally.checks["over_length"] += 1
+    where = row.conversation
+    if config.overlong == "truncate" and row.prompt_length < limit:
+        lost = len(row.ids) - limit
+        tally.lost_tokens += lost
+        detail = f"{len(row.ids)} tokens: the last {lost} of its answer are cut off"
+        list_row(tally.truncated, where, "over_length", detail)
+        return row.ids[:limit]
+    tally.lost_tokens += answer_tokens
+    list_row(tally.dropped, where, "over_length", f"{len(row.ids)} tokens, more than {limit}")
+    return None
+
+
+def normalize_text(text: str) -> str:
+    """Return the words of a text, without case, punctuation and spacing."""
+    words = re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(words) or text
+
+
+def digest(text: str) -> bytes:
+    """Return eight bytes that stand for a text."""
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
+def encode_rows(
+    rows: Iterator[Conversation],
+    tokenizer: "PreTrainedTokenizerFast",
+    limit: int,
+    config: FineTuningConfig,
+    tally: Tally,
+) -> "Iterator[dict[str, list[Any]]]":
+    """Yield batches of examples as columns."""
+    for batch in iter(lambda: list(itertools.islice(rows, BATCH_ROWS)), []):
+        columns: dict[str, list[Any]] = {name: [] for name in EXAMPLE_COLUMNS}
+        for row in encode_batch(tokenizer, batch):
+            tally.checks["merged_tokens"] += row.merged
+            ids = fit_length(row, limit, config, tally)
+            if ids is None:
+                continue
+            for name, value in zip(
+                EXAMPLE_COLUMNS,
+                (row.conversation.row, row.prompt, row.conversation.answer, ids, row.prompt_length),
+                strict=True,
+            ):
+                columns[name].append(value)
+            tally.lengths.append(len(ids))
+            tally.prompt_lengths.append(row.prompt_length)
+            tally.question_keys.append(digest(normalize_text(row.conversation.question)))
+        yield columns
+
+
+def write_examples(path: Path, batches: "Iterator[dict[str, list[Any]]]") -> "datasets.Dataset":
+    """Write examples to an Arrow file, batch by batch, and return them memory-mapped."""
+    import datasets
+    from datasets.arrow_writer import ArrowWriter
+
+    kinds = ("int64", "string", "string", datasets.List(datasets.Value("int32")), "int32")
+    features = datasets.Features(
+        {
+            name: datasets.Value(kind) if isinstance(kind, str) else kind
+            for name, kind in zip(EXAMPLE_COLUMNS, kinds, strict=True)
+        }
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with ArrowWriter(path=str(temporary), features=features) as writer:
+            for columns in batches:
+                writer.write_batch(columns)
+            writer.finalize()
+        temporary.replace(path)
+    except OSError as error:
+        raise FineTuningError(
+            f"The prepared examples cannot be written to {path.parent}: {first_line(error)}",
+            hint="Free some disk space, or choose another folder with --cache_dir.",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return datasets.Dataset.from_file(str(path))
+
+
+def prove_stop_tokens(
+    examples: "datasets.Dataset", tokenizer: "PreTrainedTokenizerFast", limit: int, truncated: int
+) -> None:
+    """Check every stored example; raise FineTuningError where one would teach something wrong.
+
+    Proved are: exactly one BOS, at the front, if the tokenizer has one in front of texts; the last
+    supervised token is the end token and the only one of its kind (except in truncated rows, which
+    have none); a prompt that carries no loss and an answer that carries some.
+    """
+    import numpy as np
+
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    probe = render_chat(tokenizer, [{"role": "user", "content": "a"}], add_generation_prompt=True)
+    has_bos = bos is not None and tokenize_rendered(tokenizer, probe)[:1] == [bos]
+    cut_rows = 0
+    batch: Any  # a pyarrow.Table
+    for batch in examples.with_format("arrow").iter(batch_size=10_000):
+        lists = batch["input_ids"].combine_chunks()
+        ids = lists.flatten().to_numpy()
+        ends = np.cumsum(lists.value_lengths().to_numpy())
+        lengths = np.diff(ends, prepend=0)
+        starts = ends - lengths
+        prompts = batch["prompt_length"].to_numpy()
+        is_eos = np.concatenate(([0], np.cumsum(ids == eos)))
+        stops = is_eos[ends] - is_eos[starts + prompts]
+        cut = (stops == 0) & (lengths == limit)
+        cut_rows += int(cut.sum())
+        wrong = {
+            "nothing to learn": (prompts < 1) | (prompts >= lengths),
+            "no end token, or one inside the answer": ~cut
+            & ((ids[ends - 1] != eos) | (stops != 1)),
+        }
+        if has_bos:
+            is_bos = np.concatenate(([0], np.cumsum(ids == bos)))
+            wrong["no BOS"] = ids[starts] != bos
+            wrong["two BOS"] = ids[np.minimum(starts + 1, ends - 1)] == bos
+            if bos != eos:
+                wrong["two BOS"] = is_bos[ends] - is_bos[starts] > 1
+        for what, rows in wrong.items():
+            if rows.any():
+                raise FineTuningError(
+                    "{} of {} examples: {} (first: row {}).".format(
+                        int(rows.sum()), len(rows), what, batch["row"][int(rows.argmax())]
+                    ),
+                    hint="The tokenizer or its chat template does not fit this kind of training.",
+                )
+    if cut_rows != truncated:
+        raise FineTuningError(f"{cut_rows} examples lack an end token; {truncated} were truncated.")
+
+
+def choose_sides(
+    groups: "Sequence[bytes]", lengths: "Sequence[int]", config: FineTuningConfig
+) -> "list[str]":
+    """Return for each row, in file order, whether it is for "train", for "eval" or "unused".
+
+    A seeded hash of a group's content decides, so that rows of one group stay together and neither
+    later rows nor their order matter. In small sets the shares would stray by chance: there the
+    hash is overruled where the rows so far, as a whole or of similar length, are off by more than a
+    tenth (and more than one row). Only earlier rows count, so appending rows moves none.
+    """
+    shares = {"eval": config.eval_split, "train": config.train_split}
+    shares["unused"] = max(0.0, 1 - sum(shares.values()))
+    sizes = Counter(groups)
+    largest = max(10, config.eval_split * len(groups) / 2)
+    seen: dict[int, Counter[str]] = defaultdict(Counter)
+    side_of: dict[bytes, str] = {}
+    sides = []
+    for group, length in zip(groups, lengths, strict=True):
+        classes = (seen[0], seen[length.bit_length()])  # all rows; those of similar length
+        if group not in side_of:
+            draw = hash_to_unit(group, config.seed)
+            side = "eval" if draw < shares["eval"] else "train"
+            if draw >= 1 - shares["unused"]:
+                side = "unused"
+            for counts in reversed(classes):
+                side = overrule(side, counts, shares)
+            side_of[group] = "train" if sizes[group] > largest else side
+        sides.append(side_of[group])
+        for counts in classes:
+            counts[side_of[group]] += 1
+    return keep_both_sides(groups, sides, config)
+
+
+def hash_to_unit(key: bytes, seed: int) -> float:
+    """Return a number from 0 (included) to 1 (excluded) that depends on key and seed alone."""
+    mixed = hashlib.blake2b(key, key=str(seed).encode(), digest_size=8).digest()
+    return int.from_bytes(mixed, "big") / 2**64
+
+
+def overrule(side: str, counts: "Counter[str]", shares: "dict[str, float]") -> str:
+    """Return the side the hash chose, or the one that lags behind where the shares have strayed."""
+    total = counts.total() + 1
+    behind = {name: share * total - counts[name] for name, share in shares.items()}
+    neediest = max(behind, key=lambda name: behind[name])
+    slack = max(1.0, LENGTH_CLASS_TOLERANCE * min(s for s in shares.values() if s > 0) * total)
+    if behind[neediest] > slack or behind[side] - 1 < -slack:
+        return neediest
+    return side
+
+
+def keep_both_sides(
+    groups: "Sequence[bytes]", sides: "list[str]", config: FineTuningConfig
+) -> "list[str]":
+    """Give a side that got nothing, as happens in tiny sets, one group."""
+    if len(set(groups)) < 2:
+        raise FineTuningError(
+            "All usable rows ask the same question, so none can be held out for evaluation."
+            if groups
+            else "No row is left to train on.",
+            hint="At least two different rows are needed, and some hundreds are useful.",
+        )
+    for side in ("eval", "train"):
+        if side not in sides:
+            sizes = Counter(groups)
+            moved = min(sizes, key=lambda g: (sizes[g], hash_to_unit(g, config.seed)))
+            if side == "train":  # everything was in eval or unused
+                moved = max(sizes, key=lambda g: (sizes[g], hash_to_unit(g, config.seed)))
+            sides = [side if g == moved else s for g, s in zip(groups, sides, strict=True)]
+    return sides
+
+
+def usable_length(config: FineTuningConfig) -> int:
+    """Return max_seq_length, limited to the positions that the model has."""
+    from transformers import AutoConfig
+
+    try:
+        model = AutoConfig.from_pretrained(config.model_name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise FineTuningError(
+            f"The configuration of {config.model_name} cannot be read: {first_line(error)}",
+            hint="Check model_name: a Hugging Face id, or a folder with config.json.",
+        ) from error
+    positions = model.to_dict().get("max_position_embeddings")
+    if isinstance(positions, int) and positions < config.max_seq_length:
+        log.warning(
+            "max_seq_length %d is more than the model's %d positions: %d is used",
+            config.max_seq_length,
+            positions,
+            positions,
+        )
+        return positions
+    return config.max_seq_length
+
+
+def build_quality_report(tally: Tally) -> QualityReport:
+    """Sum up the tally."""
+    return QualityReport(
+        total_examples=tally.total,
+        valid_examples=tally.valid,
+        quality_score=round(tally.valid / tally.total, 6) if tally.total else 0.0,
+        empty_instructions=tally.checks["empty_instruction"],
+        empty_outputs=tally.checks["empty_output"],
+        avg_instruction_length=round(tally.question_chars / max(1, tally.valid), 2),
+        avg_output_length=round(tally.answer_chars / max(1, tally.valid), 2),
+        checks={name: count for name, count in sorted(tally.checks.items()) if count},
+        rejected=tuple(tally.rejected),
+        dropped=tuple(tally.dropped),
+        truncated=tuple(tally.truncated),
+    )
+
+
+def quality_report_path(config: FineTuningConfig) -> Path:
+    """Return where this run's quality report goes: not over the one of a finished run."""
+    folder = Path(config.output_dir)
+    if not (folder / "adapter_model.safetensors").exists():
+        return folder / "quality_report.json"
+    logs = [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]
+    stamp = (
+        Path(logs[0].baseFilename).stem.removeprefix("unified_finetune_")
+        if logs
+        else datetime.now().strftime("%Y%m%d_%H%M%S")
+    )
+    return Path(config.log_dir) / f"quality_report_{stamp}.json"
+
+
+def write_quality_report(report: QualityReport, config: FineTuningConfig) -> Path:
+    """Write the report as JSON, whole or not at all, and return its path."""
+    path = quality_report_path(config)
+    if not is_main_process():
+        return path
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    text = json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise FineTuningError(
+            f"The quality report cannot be written: {error}",
+            hint="Choose another folder with --output_dir FOLDER.",
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def demand(question: str, hint: str, config: FineTuningConfig) -> None:
+    """Ask whether to go on in spite of what `question` says, and stop where the answer is no."""
+    if is_main_process() and not ask(question + " Go on?", config):
+        raise FineTuningError(question, hint=hint + " Or go on anyway with --yes.")
+
+
+def check_quality(report: QualityReport, path: Path, config: FineTuningConfig) -> None:
+    """Stop where nothing is usable; ask where too little is."""
+    if not report.total_examples:
+        raise FineTuningError(
+            "The data set holds no rows.", hint="It must be an array of rows, or one row per line."
+        )
+    first = [
+        "row {}: {}".format(entry["row"], entry["detail"])
+        for entry in report.rejected[:BROKEN_LINES_SHOWN]
+    ]
+    examples = "".join("\n  - " + shorten(line, 200) for line in first)
+    if not report.valid_examples:
+        raise FineTuningError(
+            f"None of the {report.total_examples} rows is usable:{examples}",
+            hint=f"Every row with its reason: {path}",
+        )
+    if report.quality_score < config.min_data_quality_score:
+        demand(
+            f"Only {report.valid_examples} of {report.total_examples} rows are usable: "
+            f"quality score {report.quality_score:.3f}, below min_data_quality_score "
+            f"{config.min_data_quality_score:g}.{examples}\n",
+            f"Correct the rows that {path} lists.",
+            config,
+        )
+
+
+def check_lost_tokens(tally: Tally, limit: int, config: FineTuningConfig) -> None:
+    """Ask where the length limit costs more than one in a hundred answer tokens."""
+    share = tally.lost_tokens / max(1, tally.answer_tokens)
+    if share > MAX_LOST_ANSWER_SHARE:
+        demand(
+            f"{len(tally.dropped)} rows dropped and {len(tally.truncated)} truncated at "
+            f"{limit} tokens lose {share:.1%} of all answer tokens.",
+            f"Raise --max_seq_length (the longest row has {tally.longest} tokens).",
+            config,
+        )
+
+
+def log_preparation(
+    tally: Tally, report: QualityReport, train: "datasets.Dataset", held_out: "datasets.Dataset"
+) -> None:
+    """Log counts, token lengths and one example as it is trained."""
+    import numpy as np
+
+    log.info(
+        "%d rows: %d usable (quality score %.3f), %d rejected, %d dropped",
+        report.total_examples,
+        report.valid_examples,
+        report.quality_score,
+        report.total_examples - report.valid_examples,
+        len(tally.dropped),
+    )
+    for name, count in report.checks.items():
+        log.info("  %-20s %d", name, count)
+    unused = len(tally.lengths) - len(train) - len(held_out)
+    log.info(
+        "Split with seed: %d to train, %d to evaluate%s",
+        len(train),
+        len(held_out),
+        f", {unused} unused (train_split + eval_split < 1)" if unused else "",
+    )
+    lengths = np.array(tally.lengths)
+    log.info(
+        "Tokens per example: mean %.0f, median %.0f, 95 %% under %.0f, longest %d; "
+        "%d supervised of %d",
+        lengths.mean(),
+        *np.percentile(lengths, [50, 95]),
+        lengths.max(),
+        int(lengths.sum()) - sum(tally.prompt_lengths),
+        int(lengths.sum()),
+    )
+    example = train[0]
+    log.info(
+        "Row %d as it is trained, the supervised part between >>> and <<<:\n%s",
+        example["row"],
+        shorten_middle(example["prompt"]) + ">>>" + shorten_middle(example["answer"]) + "<<<",
+    )
 
 
 def prepare_dataset(file: DatasetFile, config: FineTuningConfig) -> PreparedData:
     """Validate, score, split and tokenize the rows of `file`."""
-    raise NotImplementedError
+    tokenizer = load_tokenizer(config.model_name)
+    limit = usable_length(config)
+    tally = Tally()
+    rows = usable_rows(file.path, config, tally)
+    path = Path(config.cache_dir) / "prepared" / f"{file.sha256[:16]}.arrow"
+    examples = write_examples(path, encode_rows(rows, tokenizer, limit, config, tally))
+    quality = build_quality_report(tally)
+    check_quality(quality, write_quality_report(quality, config), config)
+    check_lost_tokens(tally, limit, config)
+    prove_stop_tokens(examples, tokenizer, limit, len(tally.truncated))
+    sides = choose_sides(tally.question_keys, tally.lengths, config)
+    train, held_out = (
+        examples.select([i for i, side in enumerate(sides) if side == wanted])
+        for wanted in ("train", "eval")
+    )
+    log_preparation(tally, quality, train, held_out)
+    return PreparedData(
+        train=train,
+        eval=held_out,
+        tokenizer=tokenizer,
+        quality=quality,
+        source=file,
+        max_seq_length=limit,
+        truncated_examples=len(tally.truncated),
+        dropped_examples=len(tally.dropped),
+    )
 
 
 # ======================================================================================
