@@ -44,11 +44,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 if TYPE_CHECKING:
     import datasets
     import torch
+    from tqdm import tqdm
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 __version__ = "1.0.0"
@@ -365,7 +366,7 @@ def start_logging(config: FineTuningConfig) -> Path:
     """Send messages to the console (stderr) and everything, with timestamps, to a new log file."""
     root = logging.getLogger()
     root.setLevel(logging.DEBUG)
-    console = logging.StreamHandler(sys.stderr)
+    console = ConsoleHandler(sys.stderr)
     console.setLevel(logging.DEBUG if config.verbose else logging.INFO)
     console.setFormatter(logging.Formatter("%(message)s"))
     if not config.verbose:  # what libraries say goes to the file
@@ -413,6 +414,99 @@ def ask(question: str, config: FineTuningConfig) -> bool:
     sys.stderr.write(question + " [y/N] ")
     sys.stderr.flush()
     return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+class ConsoleHandler(logging.StreamHandler[TextIO]):
+    """Write records to stderr without tearing a progress bar that stands there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take the bars away, write the record, and put them back."""
+        if "tqdm" not in sys.modules:  # no bar without it, and --help must not import it
+            super().emit(record)
+            return
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=sys.stderr):
+            super().emit(record)
+
+
+PROGRESS_LOG_SECONDS = 5.0
+
+
+@dataclass
+class Progress:
+    """Count the work done in a long step and show it; made by `progress_bar`."""
+
+    total: int
+    unit: str
+    description: str
+    done: int
+    bar: "tqdm[Any] | None"
+
+    def __post_init__(self) -> None:
+        self.begun_at = self.done
+        self.begun = self.logged = time.monotonic()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count `count` more units as done; `note` (such as the loss) stands beside the bar."""
+        self.move_to(self.done + count, note)
+
+    def move_to(self, done: int, note: str = "") -> None:
+        """Set the units done; a step that starts over moves back."""
+        now = time.monotonic()
+        if done < self.done:
+            self.begun_at, self.begun = done, now
+        if self.bar is not None:
+            if note:
+                self.bar.set_postfix_str(note, refresh=False)
+            if done < self.done:
+                self.bar.reset()
+            self.bar.update(done - self.bar.n)
+        self.done = done
+        if self.bar is None and is_main_process() and now - self.logged >= PROGRESS_LOG_SECONDS:
+            self.logged = now
+            log.info("  %s", self.describe(note))
+
+    def describe(self, note: str = "") -> str:
+        """Return one line: share, amounts, rate and the time left."""
+        rate = (self.done - self.begun_at) / max(time.monotonic() - self.begun, 1e-9)
+        if self.unit == "B":
+            amounts = (
+                f"{human_bytes(self.done)} of {human_bytes(self.total)}, {human_bytes(rate)}/s"
+            )
+        else:
+            amounts = f"{self.done} of {self.total} {self.unit}, {rate:.3g} {self.unit}/s"
+        parts = [f"{self.description}: {100 * self.done // max(self.total, 1)} %", amounts]
+        if rate > 0 and self.done < self.total:
+            parts.append(human_seconds((self.total - self.done) / rate) + " left")
+        return ", ".join(parts + [note] * bool(note))
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, unit: str, description: str, initial: int = 0) -> "Iterator[Progress]":
+    """Show a long step's progress: a bar with an ETA in a terminal, else a line every few seconds.
+
+    `unit` is a plural ("rows", "steps") or "B" for bytes; `initial` is what was done before.
+    """
+    bar = None
+    if is_main_process() and sys.stderr.isatty():
+        from tqdm import tqdm
+
+        bar = tqdm(
+            total=total,
+            initial=initial,
+            unit="B" if unit == "B" else " " + unit,
+            unit_scale=unit == "B",
+            desc="  " + description,
+            file=sys.stderr,
+            leave=False,
+            dynamic_ncols=True,
+        )
+    try:
+        yield Progress(total, unit, description, initial, bar)
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def is_main_process() -> bool:
