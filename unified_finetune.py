@@ -896,7 +896,7 @@ def send(bucket: Bucket, operation: "Callable[..., T]", **arguments: Any) -> T:
         )
     except ClientError as error:
         raise explain_refusal(error, bucket) from error
-    except (BotoCoreError, ResponseParserError, OSError) as error:
+    except (BotoCoreError, ResponseParserError, OSError, ValueError) as error:
         raise explain_silence(error, bucket) from error
 
 
@@ -948,7 +948,8 @@ def explain_refusal(error: "ClientError", bucket: Bucket) -> BucketError:
     known = explain_code(code, status, bucket, headers)
     if known:
         return BucketError(known[0], known[1], status=status)
-    if error.operation_name != "HeadObject" and (not code or code == str(status)):
+    html = error.operation_name != "HeadObject" and (not code or code == str(status))
+    if html or status < 400:
         return wrong_endpoint(bucket, f"status {status} without an S3 error", status)
     return BucketError(
         f"{bucket.host} refused the request: {status} {code} {text}".rstrip() + ".",
@@ -962,7 +963,8 @@ def explain_code(
 ) -> "tuple[str, str] | None":
     """Return message and hint for the S3 error codes that a user can do something about."""
     place = "Cloudflare dashboard > R2 > Manage API tokens"
-    if code in ("InvalidAccessKeyId", "Unauthorized") or status == 401:
+    # InvalidArgument is R2's answer to an access key ID of the wrong length.
+    if code in ("InvalidAccessKeyId", "Unauthorized", "InvalidArgument") or status == 401:
         return (
             f"{bucket.host} does not know the access key ID.",
             f"Check R2_ACCESS_KEY_ID: the token may be deleted or expired ({place}).",
@@ -993,7 +995,7 @@ def explain_code(
         return (
             f"{bucket.host} denies the access to bucket {bucket.name!r}.",
             "Give the token the permission Object Read for this bucket. For a bucket in a "
-            f"jurisdiction set R2_ENDPOINT_URL=https://<account id>.eu{R2_DOMAIN}, or .us, .fedramp.",
+            f"jurisdiction, R2_ENDPOINT_URL=https://<account id>.eu{R2_DOMAIN} (or .us, .fedramp).",
         )
     if code == "InvalidBucketName":
         return (f"{bucket.name!r} cannot be a bucket's name.", "Check R2_BUCKET_NAME.")
@@ -1030,7 +1032,7 @@ def wrong_endpoint(bucket: Bucket, what: str, status: int = 0) -> BucketError:
 
 def explain_silence(error: Exception, bucket: Bucket) -> BucketError:
     """Translate what kept an answer from coming: the network, TLS, or bytes that are no answer."""
-    from botocore.exceptions import ParamValidationError, SSLError
+    from botocore.exceptions import ParamValidationError, ProxyConnectionError
     from botocore.parsers import ResponseParserError
 
     causes = list(walk_causes(error))
@@ -1039,20 +1041,20 @@ def explain_silence(error: Exception, bucket: Bucket) -> BucketError:
             f"{printable(bucket.name)!r} cannot be a bucket's name.",
             "Check R2_BUCKET_NAME or --r2_bucket_name.",
         )
-    if isinstance(error, ResponseParserError):
-        if "<ListBucketResult" not in str(error):
-            return wrong_endpoint(bucket, "no S3 XML in the answer")
+    if isinstance(error, ProxyConnectionError):
         return BucketError(
-            f"The answer of {bucket.host} was cut off.", retry=True, unavailable=True
-        )
-    if isinstance(error, SSLError) or any(isinstance(c, ssl.SSLError) for c in causes):
-        return BucketError(
-            f"No secure connection to {bucket.host}: {printable(str(causes[-1]))}.",
-            "Check R2_ACCOUNT_ID or R2_ENDPOINT_URL; then whether a proxy, a firewall or a login "
-            "page stands between (its certificate: AWS_CA_BUNDLE=FILE).",
+            f"The proxy on the way to {bucket.host} cannot be used: {printable(str(causes[-1]))}.",
+            "Check the variables HTTPS_PROXY and HTTP_PROXY.",
             unavailable=True,
         )
     for cause in causes:
+        if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):
+            return BucketError(
+                f"No secure connection to {bucket.host}: {printable(str(cause))}.",
+                "Check R2_ACCOUNT_ID or R2_ENDPOINT_URL; then whether a proxy, a firewall or a "
+                "login page stands between (its certificate: AWS_CA_BUNDLE=FILE).",
+                unavailable=True,
+            )
         if isinstance(cause, socket.gaierror):
             return BucketError(
                 f"The name {bucket.host} cannot be found.",
@@ -1066,6 +1068,12 @@ def explain_silence(error: Exception, bucket: Bucket) -> BucketError:
                 "Check R2_ENDPOINT_URL (host and port) and a proxy in HTTPS_PROXY.",
                 unavailable=True,
             )
+    if isinstance(error, (ResponseParserError, ValueError)):
+        if "<ListBucketResult" not in str(error):
+            return wrong_endpoint(bucket, "no S3 XML in the answer")
+        return BucketError(
+            f"The answer of {bucket.host} was cut off.", retry=True, unavailable=True
+        )
     return BucketError(
         f"The connection to {bucket.host} failed ({describe_break(error)}).",
         "Check the internet connection, then run the same command again: it goes on from here.",
@@ -1114,10 +1122,13 @@ def list_objects(bucket: Bucket, prefix: str) -> "list[RemoteObject]":
         page = send_patiently(bucket, bucket.client.list_objects_v2, Prefix=prefix, **position)
         if "Name" not in page and "KeyCount" not in page:
             raise wrong_endpoint(bucket, "its listing names no bucket")
-        objects += [
-            RemoteObject(o["Key"], o["Size"], o["ETag"].strip('"'), o["LastModified"])
-            for o in page.get("Contents", [])
-        ]
+        try:
+            objects += [
+                RemoteObject(o["Key"], o["Size"], o["ETag"].strip('"'), o["LastModified"])
+                for o in page.get("Contents", [])
+            ]
+        except KeyError as error:
+            raise wrong_endpoint(bucket, f"its listing has no {error}") from error
         token = page.get("NextContinuationToken")
         if not page.get("IsTruncated"):
             return objects
@@ -1284,13 +1295,13 @@ def read_copy(path: Path) -> "CachedCopy | None":
             key=str(info["key"]),
             size=int(info["size"]),
             etag=str(info["etag"]),
-            modified=datetime.fromisoformat(info["last_modified"]),
+            modified=datetime.fromisoformat(info["last_modified"]).astimezone(UTC),
         )
         proof = str(info["verified_by"])
         return CachedCopy(path, info["host"], info["bucket"], remote, info["sha256"], proof)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         log.warning("  %s cannot be used: %s", info_path(path), error)
         return None
 
@@ -1311,7 +1322,7 @@ def find_offline_copy(config: FineTuningConfig, host: "str | None") -> "CachedCo
     """Return the verified copy that a run without the bucket uses, chosen as from a listing."""
     copies = [
         copy
-        for info in Path(config.cache_dir).expanduser().glob("*.info")
+        for info in user_path(config.cache_dir).glob("*.info")
         for copy in [read_copy(info.with_suffix(""))]
         if copy
         and copy.bucket == config.r2_bucket_name
@@ -1376,8 +1387,9 @@ def head_object(bucket: Bucket, key: str, known_etag: str = "") -> "RemoteObject
         if error.status == 304:
             return None
         raise
-    if not head.get("ETag"):
-        raise wrong_endpoint(bucket, "an object without an ETag")
+    absent = [name for name in ("ETag", "ContentLength", "LastModified") if name not in head]
+    if absent:
+        raise wrong_endpoint(bucket, f"no {absent[0]} of an object")
     encrypted = head.get("ServerSideEncryption", "").startswith("aws:kms")
     return RemoteObject(
         key,
@@ -1399,15 +1411,9 @@ def receive(bucket: Bucket, remote: RemoteObject, file: "IO[bytes]", bar: Progre
     if offset == remote.size:
         return
     wanted: dict[str, Any] = {"Range": f"bytes={offset}-"} if offset else {}
-    try:
-        response = send(
-            bucket, bucket.client.get_object, Key=remote.key, IfMatch=f'"{remote.etag}"', **wanted
-        )
-    except BucketError as error:
-        if error.status == 416:
-            file.truncate(0)
-            raise BucketError("The server knows no such part of the object.", retry=True) from error
-        raise
+    response = send(
+        bucket, bucket.client.get_object, Key=remote.key, IfMatch=f'"{remote.etag}"', **wanted
+    )
     body = response["Body"]
     try:
         start = check_answer(response, remote, offset)
@@ -1422,19 +1428,22 @@ def receive(bucket: Bucket, remote: RemoteObject, file: "IO[bytes]", bar: Progre
 
 
 def check_answer(response: "dict[str, Any]", remote: RemoteObject, offset: int) -> int:
-    """Return where the body of an answer to GET begins in the object; refuse one that is wrong."""
-    status = response["ResponseMetadata"]["HTTPStatusCode"]
+    """Return where the body of an answer to GET begins: at `offset`, or at 0 for a whole object.
+
+    Raises:
+        BucketError: when the answer is no part of this version of the object.
+    """
+    status, start = response["ResponseMetadata"]["HTTPStatusCode"], 0
     if response.get("ETag", "").strip('"') != remote.etag:
         raise BucketError("The object was replaced during the download.", status=412)
-    whole = f"bytes {offset}-{remote.size - 1}/{remote.size}"
-    start = offset if status == 206 else 0
-    if status == 206 and response.get("ContentRange") != whole:
-        raise BucketError(
-            "The server sent {!r} where {!r} was asked for.".format(
-                printable(response.get("ContentRange", "")), whole
-            ),
-            retry=True,
-        )
+    if status == 206:
+        start = offset
+        wanted = f"bytes {offset}-{remote.size - 1}/{remote.size}"
+        if response.get("ContentRange") != wanted:
+            got = printable(response.get("ContentRange", ""))
+            raise BucketError(
+                f"{wanted!r} was asked for, and {got!r} came.", status=416, retry=True
+            )
     if response.get("ContentLength") != remote.size - start:
         raise BucketError(
             "The server offers {} bytes where the object has {}.".format(
@@ -1515,7 +1524,9 @@ def fill_partial(bucket: Bucket, remote: RemoteObject, file: "IO[bytes]") -> boo
             except BucketError as error:
                 if error.status == 412:
                     return False
-                if not (error.retry or error.unavailable):
+                if error.status == 416:  # the server knows no such part: all of it, then
+                    file.truncate(0)
+                elif not (error.retry or error.unavailable):
                     raise
                 position = file.seek(0, os.SEEK_END)
                 if position > furthest:
@@ -1530,15 +1541,15 @@ def prove_content(path: Path, remote: RemoteObject) -> "tuple[str, str]":
     multipart = re.fullmatch(r"[0-9a-fA-F]{32}-([1-9][0-9]{0,4})", remote.etag)
     if single and remote.etag_is_md5:
         right = hash_file(path, "md5") == remote.etag.lower()
-        return "right" if right else "wrong", "MD5 in the ETag"
+        return "right" if right else "wrong", "the MD5 in its ETag"
     if multipart and remote.etag_is_md5:
         for part_size in guess_part_sizes(remote.size, int(multipart[1])):
             if multipart_etag(path, part_size) == remote.etag.lower():
-                return "right", f"multipart ETag, {part_size} bytes per part"
+                return "right", f"its multipart ETag ({part_size} bytes per part)"
     if remote.sha256:
         right = hash_file(path, "sha256") == remote.sha256
-        return "right" if right else "wrong", "SHA-256 in the object's metadata"
-    return "unknown", "size and two equal downloads"
+        return "right" if right else "wrong", "the SHA-256 in its metadata"
+    return "unknown", "its size and two equal downloads"
 
 
 def guess_part_sizes(size: int, parts: int) -> "list[int]":
@@ -1575,29 +1586,47 @@ def multipart_etag(path: Path, part_size: int) -> str:
     return f"{whole}-{len(digests)}"
 
 
+def find_partials(path: Path) -> "list[tuple[int, Path]]":
+    """Return size and path of what interrupted runs left of this download."""
+    found = []
+    for partial in path.parent.glob(path.name + ".*.partial"):
+        owner = re.fullmatch(r"\.(\d+)-[0-9a-f]+\.partial", partial.name[len(path.name) :])
+        # Where locks do nothing, the owner may be at work in this very moment.
+        if owner and not is_running(int(owner[1])):
+            with contextlib.suppress(FileNotFoundError):
+                status = partial.lstat()
+                found.append((status.st_size * stat.S_ISREG(status.st_mode), partial))
+    return found
+
+
+def is_running(pid: int) -> bool:
+    """Tell whether a process of this machine is alive."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def take_over_partials(path: Path, file: "IO[bytes]", size: int) -> None:
     """Copy what interrupted runs left of this download into `file`, and remove it.
 
     A copy, so that no two processes ever write to one file, whatever the locks are worth.
     """
-    mine = os.fstat(file.fileno()).st_ino
-    found: list[tuple[int, Path]] = []
-    for orphan in path.parent.glob(path.name + ".*.partial"):
-        status = orphan.lstat()
-        if status.st_ino != mine:
-            regular = stat.S_ISREG(status.st_mode)
-            found.append((status.st_size if regular and status.st_size <= size else 0, orphan))
-    length, best = max(found, default=(0, path))
+    found = find_partials(path)
+    length, best = max((f for f in found if f[0] <= size), default=(0, path))
     if length:
         try:
             with open_regular(best) as source:
                 shutil.copyfileobj(source, file, 1 << 20)
-            log.info("  going on with an interrupted download: %s are here", human_bytes(length))
+            log.info("  Going on with an interrupted download: %s are here", human_bytes(length))
         except OSError as error:
             log.warning("  %s cannot be used, starting over: %s", best, error)
             file.truncate(0)
-    for _, orphan in found:
-        orphan.unlink(missing_ok=True)
+    for _, partial in found:
+        partial.unlink(missing_ok=True)
 
 
 def check_free_space(folder: Path, missing: int) -> None:
@@ -1640,10 +1669,11 @@ def publish(partial: Path, copy: CachedCopy) -> None:
 
 def download_object(bucket: Bucket, remote: RemoteObject, folder: Path) -> "CachedCopy | None":
     """Return a verified copy of the object, downloading what is missing; None when replaced."""
-    path = cache_path(folder, bucket, remote)
+    path, begun = cache_path(folder, bucket, remote), time.monotonic()
     with entry_lock(path):
         copy = read_copy(path)
-        if copy and is_intact(copy):  # another run fetched it while this one waited
+        if copy and is_intact(copy):
+            log.info("Another run has just fetched it: %s", path)
             return copy
         partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
         with partial.open("x+b", buffering=0) as file:
@@ -1656,6 +1686,12 @@ def download_object(bucket: Bucket, remote: RemoteObject, folder: Path) -> "Cach
                     return None
                 copy = CachedCopy(path, bucket.host, bucket.name, remote, *verified)
                 publish(partial, copy)
+                log.info(
+                    "Downloaded in %s, verified by %s: %s",
+                    human_seconds(time.monotonic() - begun),
+                    copy.proof,
+                    path,
+                )
                 return copy
             finally:
                 if os.fstat(file.fileno()).st_size == 0:
@@ -1698,7 +1734,7 @@ def fill_and_verify(
 
 def fetch_object(bucket: Bucket, chosen: RemoteObject, config: FineTuningConfig) -> DatasetFile:
     """Return the chosen object as a verified file: the cached copy if current, else a new one."""
-    folder = Path(config.cache_dir).expanduser()
+    folder = user_path(config.cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
     source = f"{bucket.host}/{bucket.name}/{printable(chosen.key)}"
     for _ in range(R2_ATTEMPTS):
@@ -1715,9 +1751,10 @@ def fetch_object(bucket: Bucket, chosen: RemoteObject, config: FineTuningConfig)
             log.info("Not modified: the cached copy is current and intact (%s)", copy.path)
             return use_copy(copy, source)
         assert current  # without a copy, the request had no condition
+        if current.etag == chosen.etag and current.size != chosen.size:
+            raise wrong_endpoint(bucket, f"{chosen.size} bytes listed, {current.size} offered")
         copy = download_object(bucket, current, folder)
         if copy:
-            log.info("Verified (%s): %s", copy.proof, copy.path)
             log_older_versions(copy.path)
             return use_copy(copy, source)
         log.info("  The object was replaced during the download; taking the new one")
@@ -1746,33 +1783,46 @@ def log_older_versions(path: Path) -> None:
 # --- what the stage offers
 
 
+def user_path(text: str) -> Path:
+    """Return a path as the user means it: ~ is the home folder."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~somebody who is unknown here
+        return Path(text)
+
+
 def read_local_file(path: Path) -> DatasetFile:
     """Return a local file as the data set, after checking that it can be one."""
-    hint = "Check --data_path."
+    shown, hint = printable(str(path)), "Check --data_path."
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            inside = sorted(p.name for p in path.iterdir() if p.suffix.lower() in DATA_SUFFIXES)
-            raise FineTuningError(
-                f"{path} is a folder, not a file.",
-                hint=f"It holds {', '.join(inside[:5])}: give one of them." if inside else hint,
-            )
+            raise FineTuningError(f"{shown} is a folder, not a file.", suggest_files(path, hint))
         if not stat.S_ISREG(mode):
-            raise FineTuningError(f"{path} is not a regular file.", hint=hint)
+            raise FineTuningError(f"{shown} is not a regular file.", hint)
         size, sha256 = path.stat().st_size, hash_file(path.resolve(), "sha256")
     except FileNotFoundError as error:
-        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, names, 1)
         raise FineTuningError(
-            f"There is no file {path}.",
-            hint=f"Did you mean {path.parent / near[0]}?" if near else hint,
+            f"There is no file {shown}.", suggest_files(path.parent, hint, path.name)
         ) from error
     except OSError as error:
-        raise FineTuningError(f"{path} cannot be read: {error.strerror}.", hint=hint) from error
+        raise FineTuningError(f"{shown} cannot be read: {error.strerror}.", hint) from error
     if size == 0:
-        raise FineTuningError(f"{path} is empty (0 bytes).", hint=hint)
-    log.info("Local file: %s, %s", path, human_bytes(size))
-    return DatasetFile(path, size, None, sha256, f"local file {path}")
+        raise FineTuningError(f"{shown} is empty (0 bytes).", hint)
+    log.info("Local file: %s, %s", shown, human_bytes(size))
+    return DatasetFile(path, size, None, sha256, f"local file {shown}")
+
+
+def suggest_files(folder: Path, hint: str, name: str = "") -> str:
+    """Return a hint that names the data files in a folder, those like `name` first."""
+    try:
+        names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in DATA_SUFFIXES)
+    except OSError:
+        return hint
+    near = difflib.get_close_matches(name, names, 3) if name else names[:3]
+    if not near:
+        return hint
+    return "Did you mean {}?".format(" or ".join(printable(str(folder / n)) for n in near))
 
 
 def list_candidates(bucket: Bucket, config: FineTuningConfig) -> "list[RemoteObject]":
@@ -1796,7 +1846,7 @@ def list_candidates(bucket: Bucket, config: FineTuningConfig) -> "list[RemoteObj
 def fetch_dataset(config: FineTuningConfig) -> DatasetFile:
     """Return the data set as a verified local file: `data_path`, or the bucket's chosen object."""
     if config.data_path:
-        return read_local_file(Path(config.data_path).expanduser())
+        return read_local_file(user_path(config.data_path))
     host = None
     try:
         access = read_r2_access(config)
