@@ -37,6 +37,7 @@ import dataclasses
 import difflib
 import email.utils
 import errno
+import faulthandler
 import functools
 import hashlib
 import io
@@ -54,6 +55,7 @@ import signal
 import socket
 import ssl
 import stat
+import subprocess
 import tempfile
 import threading
 import time
@@ -429,6 +431,17 @@ def open_log_file(folder: Path) -> Path:
             hint="Choose another one with --log_dir FOLDER.",
         ) from error
     raise FineTuningError(f"A thousand runs started in one second in {folder}.")
+
+
+def quiet_libraries() -> None:
+    """Send what transformers and datasets say to the log file, and switch their bars off."""
+    import datasets
+    import transformers
+
+    transformers.logging.disable_default_handler()
+    transformers.logging.enable_propagation()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def ask(question: str, config: FineTuningConfig) -> bool:
@@ -854,9 +867,85 @@ def check_memory(config: FineTuningConfig, device: str, dtype: str) -> Check:
     return Check("memory", "ok", detail)
 
 
+SELF_TEST = "self-test"  # the command that the child process is started with
+SELF_TEST_SECONDS = 180
+SELF_TEST_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
+
+
 def self_test(device: str, dtype: str) -> "str | None":
-    """Try the device in a child process; return what is wrong with it, or None."""
+    """Train a tiny Llama for two steps in a child process; return what is wrong, or None.
+
+    A child, since a faulty device can hang or crash the process that asks it.
+    """
+    command = [sys.executable, str(Path(__file__).resolve()), SELF_TEST, device, dtype]
+    try:
+        child = subprocess.run(
+            command, capture_output=True, text=True, timeout=SELF_TEST_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"the self-test hung (no answer in {SELF_TEST_SECONDS} s)"
+    if child.returncode:
+        log.debug("Self-test: %s", child.stderr)
+        reason = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        return f"the self-test crashed (exit code {child.returncode}: {reason})"
+    try:
+        losses = json.loads(child.stdout.strip().splitlines()[-1])
+        pairs = list(zip(losses["reference"], losses["device"], strict=True))
+    except (ValueError, IndexError, KeyError, TypeError):
+        return "the self-test gave no answer"
+    for reference, measured in pairs:
+        if not math.isfinite(measured):
+            return f"the self-test gave {measured} where the CPU gives {reference:.4f}"
+        if abs(measured - reference) > SELF_TEST_TOLERANCE[dtype] * reference:
+            return f"the self-test gave {measured:.4f} where the CPU gives {reference:.4f}"
     return None
+
+
+def run_self_test(device: str, dtype: str) -> None:
+    """Print the losses of two training steps on the device and, in float32, on the CPU (child)."""
+    losses = {
+        "reference": self_test_losses("cpu", "float32"),
+        "device": self_test_losses(device, dtype),
+    }
+    sys.stdout.write(json.dumps(losses) + "\n")
+
+
+def self_test_losses(device: str, dtype: str) -> "list[float]":
+    """Return the losses before and after an AdamW step of a tiny Llama's adapter."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    base = LlamaForCausalLM(shape)
+    model = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj", "o_proj"]))
+    install_engine(model)
+    model.get_base_model().to(device)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    rows = torch.randint(1, 256, (5, 24), generator=torch.Generator().manual_seed(1)).tolist()
+    examples: list[Example] = [
+        {"input_ids": [1, 2, *row[: 24 - 3 * i]], "prompt_length": 6} for i, row in enumerate(rows)
+    ]
+    layout = lay_out(examples, device)
+    losses = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = pass_loss(model, layout) / len(layout.targets)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 def cpu_has_bf16() -> bool:
@@ -1098,6 +1187,7 @@ def run_preflight(config: FineTuningConfig) -> PreflightReport:
     """Check everything a run needs and choose the device; raise once, with all that is wrong."""
     checks = [check_python(), check_packages()]
     if checks[-1].outcome != "failed":  # the other checks need the packages
+        quiet_libraries()
         checks += [
             check_folder("output_dir", Path(config.output_dir)),
             check_folder("cache_dir", Path(config.cache_dir)),
@@ -3733,10 +3823,11 @@ def packed_attention(
     query: "torch.Tensor",
     key: "torch.Tensor",
     value: "torch.Tensor",
-    attention_mask: "torch.Tensor | None",  # noqa: ARG001 - the interface passes it; always None
+    attention_mask: None,  # the interface passes it; there is none
     *,
     scaling: float,
     layout: Pass,
+    sliding_window: "int | None" = None,
     **_: object,
 ) -> "tuple[torch.Tensor, None]":
     """Attend causally within each example of a pass (an attention function of transformers).
@@ -3752,6 +3843,11 @@ def packed_attention(
         cells = flat.index_select(0, layout.gather)
         return cells.view(layout.rows, layout.width, *packed.shape[1::2]).transpose(1, 2)
 
+    if sliding_window is not None and layout.width > sliding_window:
+        raise FineTuningError(
+            f"The base model looks back {sliding_window} tokens, and an example has more.",
+            hint=f"Set --max_seq_length {sliding_window}.",
+        )
     q, k, v = to_rows(query), to_rows(key), to_rows(value)
     rows, heads, width, size = q.shape
     groups = heads // k.shape[1]
@@ -3935,7 +4031,6 @@ def check_target_modules(model: "PreTrainedModel", names: Sequence[str]) -> None
 def add_adapter(model: "PreTrainedModel", config: FineTuningConfig) -> "PeftModel":
     """Freeze the model and give it a fresh adapter in fp32, drawn from the seed."""
     from peft import LoraConfig, get_peft_model
-    from peft.tuners import lora
     from transformers import set_seed
 
     check_target_modules(model, config.target_modules)
@@ -3955,18 +4050,19 @@ def add_adapter(model: "PreTrainedModel", config: FineTuningConfig) -> "PeftMode
     if Path(name).expanduser().is_dir():
         name = str(Path(name).expanduser().resolve())
     adapted.peft_config["default"].base_model_name_or_path = name
-    for module in adapted.modules():
-        if isinstance(module, lora.Linear):
-            module.forward = functools.partial(fast_lora_forward, module)
     return adapted
 
 
-def use_packed_attention(model: "PeftModel") -> None:
-    """Let the model attend through `packed_attention` until `use_plain_attention`."""
+def install_engine(model: "PeftModel") -> None:
+    """Let the model attend through `packed_attention`, and its adapters run as LoraLinear."""
+    from peft.tuners import lora
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, packed_attention)
     model.get_base_model().set_attn_implementation(ATTENTION)
+    for module in model.modules():
+        if isinstance(module, lora.Linear):
+            module.forward = functools.partial(fast_lora_forward, module)
 
 
 def pass_loss(model: "PeftModel", layout: Pass) -> "torch.Tensor":
@@ -3986,6 +4082,45 @@ def pass_loss(model: "PeftModel", layout: Pass) -> "torch.Tensor":
         getattr(head, "bias", None),
         layout.targets,
     )
+
+
+def prove_engine(model: "PeftModel", examples: "datasets.Dataset", device: str) -> None:
+    """Compare the engine's loss of two examples with that of the model's own forward pass.
+
+    Architectures differ in ways that a padding-free pass cannot know of (capped logits, scaled
+    heads); one that differs is refused before hours go into it.
+    """
+    import torch
+
+    chosen = sorted(
+        examples.select(range(min(64, len(examples)))), key=lambda e: len(e["input_ids"])
+    )[:2]
+    base = model.get_base_model()
+    model.eval()
+    with torch.inference_mode():
+        layout = lay_out(chosen, device)
+        packed = pass_loss(model, layout).item() / len(layout.targets)
+        base.set_attn_implementation("sdpa")
+        plain = 0.0
+        for example in chosen:
+            ids = torch.tensor([example["input_ids"]], device=device)
+            logits = base(input_ids=ids, use_cache=False).logits[
+                0, example["prompt_length"] - 1 : -1
+            ]
+            wanted = ids[0, example["prompt_length"] :]
+            plain += torch.nn.functional.cross_entropy(
+                logits.float(), wanted, reduction="sum"
+            ).item()
+        base.set_attn_implementation(ATTENTION)
+    plain /= len(layout.targets)
+    tolerance = SELF_TEST_TOLERANCE[str(base.dtype).removeprefix("torch.")] * max(plain, 0.1)
+    log.info("  engine proof: loss %.5f packed, %.5f plain", packed, plain)
+    if not abs(packed - plain) <= tolerance:
+        raise FineTuningError(
+            f"The engine does not compute this model ({base.config.model_type}) as transformers "
+            f"does: loss {packed:.5f} against {plain:.5f} for the same examples.",
+            hint="Choose a base model of the Llama family, such as TinyLlama.",
+        )
 
 
 def mean_loss(model: "PeftModel", examples: "datasets.Dataset", budget: int, device: str) -> float:
@@ -4186,6 +4321,7 @@ if TYPE_CHECKING:
         bar: "Progress"
         sampler: SeedableRandomSampler
         record: dict[str, float]  # of the step in hand
+        evaluating: bool
 
 
 stop_signal = 0  # the first signal that arrived while training; read between forward passes
@@ -4445,7 +4581,9 @@ def trainer_classes() -> "tuple[type, type]":
 def evaluate_run(trainer: "LoraTrainer") -> "dict[str, float]":
     """Evaluate during training: note the loss, and the adapter where it is the best so far."""
     run, step = trainer.run, trainer.state.global_step
+    trainer.evaluating = True
     loss = mean_loss(trainer.model, trainer.periodic, 4 * run.budget, str(trainer.args.device))
+    trainer.evaluating = False
     trainer.model.train()
     run.last_evaluated_step = step
     if step == 0:
@@ -4598,7 +4736,7 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(callback_type(trainer))
-    trainer.run, trainer.config, trainer.best = run, config, {}
+    trainer.run, trainer.config, trainer.best, trainer.evaluating = run, config, {}, False
     trainer.periodic = data.eval.select(range(min(len(data.eval), periodic_examples(config))))
     return trainer
 
@@ -4633,7 +4771,8 @@ def train_on(
     run = start_run(data, config, device, dtype, checkpoint)
     if run.recompute:
         recompute_activations(model)
-    use_packed_attention(model)
+    install_engine(model)
+    prove_engine(model, data.train, device)
     trainer = build_trainer(data, config, model, run, device)
     steps = total_steps(config, len(data.train))
     if checkpoint:
@@ -4649,12 +4788,59 @@ def train_on(
     return finish_training(trainer, data, config, device, dtype, done)
 
 
+WATCHDOG_SECONDS = 300  # the least patience; beyond it, ten times the usual step
+
+
+@contextlib.contextmanager
+def watchdog(trainer: "LoraTrainer") -> Iterator[None]:
+    """Speak up when no step ends for ten times the usual time, with every thread's stack logged.
+
+    It counts with the monotonic clock, which stands still while a laptop sleeps.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        step, since, told = -1, time.monotonic(), False
+        while not done.wait(1):
+            if trainer.state.global_step != step or trainer.evaluating:
+                step, since, told = trainer.state.global_step, time.monotonic(), False
+                continue
+            usual = trainer.run.seconds / max(step, 1)
+            patience = max(WATCHDOG_SECONDS, 10 * usual)
+            if time.monotonic() - since > patience and not told:
+                told = True
+                report_hang(step + 1, patience, trainer.args.device.type)
+
+    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def report_hang(step: int, seconds: float, device: str) -> None:
+    """Write every thread's stack to the log file and tell the user what to try."""
+    with tempfile.TemporaryFile("w+") as stream:
+        faulthandler.dump_traceback(stream)
+        stream.seek(0)
+        log.debug("Stacks of all threads:\n%s", stream.read())
+    log.warning(
+        "Step %d has not ended for %s. Wait, or stop with Ctrl-C (the run goes on from the last "
+        "finished step)%s. The log file shows where every thread stands.",
+        step,
+        human_seconds(seconds),
+        "" if device == "cpu" else f" and try --device cpu instead of {device}",
+    )
+
+
 def train_to_the_end(
     trainer: "LoraTrainer", steps: int, done: int, checkpoint: "Path | None"
 ) -> None:
     """Run the trainer; on Ctrl-C or SIGTERM write a checkpoint of the last finished step."""
-    with deferred_signals(), progress_bar(steps, "steps", "training", initial=done) as bar:
-        trainer.bar = bar
+    bar = progress_bar(steps, "steps", "training", initial=done)
+    with deferred_signals(), watchdog(trainer), bar as trainer.bar:
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except (KeyboardInterrupt, Terminated):
@@ -5191,9 +5377,13 @@ def main(argv: "Sequence[str] | None" = None) -> int:
 
     signal.signal(signal.SIGTERM, on_sigterm)
     set_environment()
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == [SELF_TEST]:
+        run_self_test(*arguments[1:3])
+        return 0
     log_file = None
     try:
-        command, config, options = parse_command_line(sys.argv[1:] if argv is None else argv)
+        command, config, options = parse_command_line(arguments)
         log_file = start_logging(config)
         execute(command, config, options)
     except FineTuningError as error:

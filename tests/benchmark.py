@@ -76,7 +76,11 @@ def tokenize_rows(model: Path, data: Path, count: int) -> "list[dict]":
     import unified_finetune as program
 
     text = data.read_text(encoding="utf-8")
-    rows = json.loads(text) if text.lstrip().startswith("[") else list(map(json.loads, text.splitlines()))
+    rows = (
+        json.loads(text)
+        if text.lstrip().startswith("[")
+        else list(map(json.loads, text.splitlines()))
+    )
     random.Random(42).shuffle(rows)
     tokenizer = program.load_tokenizer(str(model))
     examples = []
@@ -88,18 +92,34 @@ def tokenize_rows(model: Path, data: Path, count: int) -> "list[dict]":
         prompt_ids = program.tokenize_rendered(tokenizer, prompt)
         ids = program.tokenize_rendered(tokenizer, prompt + row["output"] + tokenizer.eos_token)
         examples.append(
-            {"row": number, "prompt": prompt, "answer": row["output"], "input_ids": ids, "prompt_length": len(prompt_ids)}
+            {
+                "row": number,
+                "prompt": prompt,
+                "answer": row["output"],
+                "input_ids": ids,
+                "prompt_length": len(prompt_ids),
+            }
         )
     return examples
 
 
-def run_ours(model: Path, examples: "list[dict]", evaluation: "list[dict]", precision: str, budget: "int | None") -> dict:
+def run_ours(
+    model: Path,
+    examples: "list[dict]",
+    evaluation: "list[dict]",
+    precision: str,
+    budget: "int | None",
+) -> dict:
     """Train with the program's own stage 4 and return its timings."""
     import datasets
 
     import unified_finetune as program
 
-    values = SETTINGS | {"model_name": str(model), "output_dir": tempfile.mkdtemp(), "bf16": precision == "bf16"}
+    values = SETTINGS | {
+        "model_name": str(model),
+        "output_dir": tempfile.mkdtemp(),
+        "bf16": precision == "bf16",
+    }
     config = program.build_config([program.Setting(k, v, "benchmark") for k, v in values.items()])
     data = program.PreparedData(
         datasets.Dataset.from_list(examples),
@@ -113,7 +133,7 @@ def run_ours(model: Path, examples: "list[dict]", evaluation: "list[dict]", prec
     adapted = program.add_adapter(program.load_base_model(config, "cpu", dtype), config)
     run = program.start_run(data, config, "cpu", dtype, None)
     run.budget = budget or run.budget
-    program.use_packed_attention(adapted)
+    program.install_engine(adapted)
     trainer = program.build_trainer(data, config, adapted, run, "cpu")
     seconds = []
     note = program.note_step
@@ -129,10 +149,16 @@ def run_ours(model: Path, examples: "list[dict]", evaluation: "list[dict]", prec
         trainer.train()
     started = time.monotonic()
     program.mean_loss(adapted, data.eval, 4 * run.budget, "cpu")
-    return {"marks": seconds, "evaluation": time.monotonic() - started, "losses": [r["loss"] for r in run.history]}
+    return {
+        "marks": seconds,
+        "evaluation": time.monotonic() - started,
+        "losses": [r["loss"] for r in run.history],
+    }
 
 
-def run_plain(model: Path, examples: "list[dict]", evaluation: "list[dict]", precision: str, autocast: bool) -> dict:
+def run_plain(
+    model: Path, examples: "list[dict]", evaluation: "list[dict]", precision: str, autocast: bool
+) -> dict:
     """Train with SFTTrainer as it comes and return its timings."""
     import datasets
     import torch
@@ -164,7 +190,9 @@ def run_plain(model: Path, examples: "list[dict]", evaluation: "list[dict]", pre
                 losses.append(logs["loss"])
 
     half = precision == "bf16"
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16 if half and not autocast else torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.bfloat16 if half and not autocast else torch.float32
+    )
     trainer = SFTTrainer(
         model=base,
         args=SFTConfig(
@@ -224,9 +252,12 @@ def work(args: argparse.Namespace) -> None:
         "step_seconds": steps,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
         "tokens_per_example": sum(tokens) / len(tokens),
-        "supervised_per_example": sum(len(e["input_ids"]) - e["prompt_length"] for e in examples) / len(examples),
+        "supervised_per_example": sum(len(e["input_ids"]) - e["prompt_length"] for e in examples)
+        / len(examples),
         # of the cells that padding pairs of examples computes
-        "padded_share": 0.0 if variant.startswith("ours") else 1 - sum(tokens) / sum(2 * max(p) for p in pairs),
+        "padded_share": 0.0
+        if variant.startswith("ours")
+        else 1 - sum(tokens) / sum(2 * max(p) for p in pairs),
         "eval_examples": len(evaluation),
     }
     print("\n" + json.dumps(result))
@@ -258,12 +289,20 @@ def step_gflop(layers: int, tokens: float, supervised: float) -> float:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--data", default=str(REPO / "tests/data/college_advisor_sample.json"))
-    parser.add_argument("--tokenizer", default=os.environ.get("UNIFIED_FINETUNE_ASSETS", "") and os.environ["UNIFIED_FINETUNE_ASSETS"] + "/tokenizers/tinyllama-1.1b-chat")
+    parser.add_argument(
+        "--tokenizer",
+        default=os.environ.get("UNIFIED_FINETUNE_ASSETS", "")
+        and os.environ["UNIFIED_FINETUNE_ASSETS"] + "/tokenizers/tinyllama-1.1b-chat",
+    )
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of each run (the first is warm-up)")
+    parser.add_argument(
+        "--steps", type=int, default=8, help="optimizer steps of each run (the first is warm-up)"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="runs of each variant, in turn")
     parser.add_argument("--only", nargs="+", help="these variants only")
     parser.add_argument("--json", default="benchmark.json")
@@ -278,7 +317,9 @@ def main() -> None:
     report = {}
     for precision in args.precision:
         variants = ["plain", "ours-small", "ours"] + ["plain-autocast"] * (precision == "bf16")
-        report[precision] = compare(args, model, precision, [v for v in variants if not args.only or v in args.only])
+        report[precision] = compare(
+            args, model, precision, [v for v in variants if not args.only or v in args.only]
+        )
     Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
 
 
@@ -289,14 +330,27 @@ def compare(args: argparse.Namespace, model: Path, precision: str, variants: "li
     for _ in range(args.rounds):
         for variant in variants:
             rates.append(gemm_rate(precision))
-            command = [sys.executable, __file__, "--worker", f"{variant}:{precision}", "--model", str(model), "--data", args.data, "--steps", str(args.steps)]
+            command = [
+                sys.executable,
+                __file__,
+                "--worker",
+                f"{variant}:{precision}",
+                "--model",
+                str(model),
+                "--data",
+                args.data,
+                "--steps",
+                str(args.steps),
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(done.stderr[-3000:])
             runs[variant].append(json.loads(done.stdout.strip().splitlines()[-1]))
     rate = statistics.median(rates)
     print(f"\n{precision}, {args.layers} layers, GEMM {rate:.0f} GFLOP/s, {os.cpu_count()} cores")
-    print(f"{'variant':<16}{'examples/s':>11}{'ratio':>7}{'tokens/s':>10}{'padded':>8}{'peak GB':>9}{'of GEMM':>9}{'eval ex/s':>11}{'ratio':>7}")
+    print(
+        f"{'variant':<16}{'examples/s':>11}{'ratio':>7}{'tokens/s':>10}{'padded':>8}{'peak GB':>9}{'of GEMM':>9}{'eval ex/s':>11}{'ratio':>7}"
+    )
     rows = {}
     for variant, results in runs.items():
         step = statistics.median(s for r in results for s in r["step_seconds"])
@@ -306,8 +360,13 @@ def compare(args: argparse.Namespace, model: Path, precision: str, variants: "li
             "tokens_per_second": BATCH * first["tokens_per_example"] / step,
             "padded_share": first["padded_share"],
             "peak_gb": statistics.median(r["peak_gb"] for r in results),
-            "share_of_gemm": step_gflop(args.layers, first["tokens_per_example"], first["supervised_per_example"]) / step / rate,
-            "eval_examples_per_second": first["eval_examples"] / statistics.median(r["evaluation"] for r in results),
+            "share_of_gemm": step_gflop(
+                args.layers, first["tokens_per_example"], first["supervised_per_example"]
+            )
+            / step
+            / rate,
+            "eval_examples_per_second": first["eval_examples"]
+            / statistics.median(r["evaluation"] for r in results),
             "losses": first["losses"],
         }
         base = rows.get("plain", row)
