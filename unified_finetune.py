@@ -66,7 +66,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TextIO, TypeVar
 
 if TYPE_CHECKING:
@@ -1221,6 +1221,7 @@ BACKOFF_SECONDS, BACKOFF_CAP_SECONDS, RETRY_AFTER_CAP_SECONDS = 1.0, 30.0, 120.0
 CONNECT_SECONDS = 10.0
 STALL_SECONDS = 30.0  # without an answer, or without the next few kB of a body
 CHUNK_SIZES = (4 * 1024, 256 * 1024)  # smallest and largest read
+LISTING_PAGE = 1000  # objects per answer; servers give no more
 DISK_MARGIN_BYTES = 64_000_000
 DATA_SUFFIXES = (".json", ".jsonl")
 R2_DOMAIN = ".r2.cloudflarestorage.com"
@@ -1339,7 +1340,8 @@ def check_account_id(account: str) -> Iterator[str]:
     if not account:
         yield "is missing"
     elif not re.fullmatch(r"[0-9a-fA-F]{32}", account):
-        yield f"must be the account's 32 hexadecimal digits, not {account!r}"
+        # Not showing it: what is here by mistake may be a secret.
+        yield f"must be the account's 32 hexadecimal digits; its {len(account)} characters are not"
 
 
 def check_credential(value: str, length: "int | None") -> Iterator[str]:
@@ -1363,20 +1365,23 @@ def check_endpoint(endpoint: str, bucket: str) -> Iterator[str]:
     except ValueError as error:
         yield f"is not an address ({error})"
         return
+    shown = f", not {endpoint!r}" if "." in host else ""  # without a dot it may be a secret
+    path = parts.path.strip("/")
     if parts.username or parts.password:
         SecretFilter.secrets.update(s for s in (parts.username, parts.password) if s)
         yield "must not hold a user name or password"
-    elif parts.scheme not in ("http", "https") or not re.fullmatch(
-        r"[a-z0-9]([a-z0-9-]{0,62}\.?)*|[0-9a-f:.]+", host
-    ):
-        yield f"must be like https://<account id>{R2_DOMAIN}, not {endpoint!r}"
+    elif parts.scheme not in ("http", "https") or not is_host(host):
+        yield f"must be like https://<account id>{R2_DOMAIN}{shown}"
     elif parts.query or parts.fragment:
-        yield f"must end after the host, not {endpoint!r}"
-    elif parts.path.strip("/") == bucket or (parts.path.strip("/") and host.endswith(R2_DOMAIN)):
-        yield (
-            f"must end after the host: without {parts.path!r} "
-            "(the bucket's name belongs in R2_BUCKET_NAME)"
-        )
+        yield f"must end after the host{shown}"
+    elif path and (path == bucket or host.endswith(R2_DOMAIN)):
+        yield f"must end after the host: /{path} does not belong there (R2_BUCKET_NAME does it)"
+
+
+def is_host(name: str) -> bool:
+    """Tell whether a name can be that of a host."""
+    labels = name.rstrip(".").split(".")
+    return bool(re.fullmatch(r"[a-z0-9._:-]+", name)) and all(0 < len(i) < 64 for i in labels)
 
 
 # --- talking to the bucket
@@ -1416,7 +1421,22 @@ def open_bucket(access: R2Access, config: FineTuningConfig) -> Bucket:
             response_checksum_validation="when_required",
         ),
     )
+    # The wildcard puts it before botocore's own handler at before-parse.s3.*, which takes
+    # whatever is no XML, such as a login page, for a server error.
+    client.meta.events.register_first("before-parse.*.ListObjectsV2", check_listing_body)
     return Bucket(client, config.r2_bucket_name, access.host)
+
+
+def check_listing_body(response_dict: "dict[str, Any]", **_: object) -> None:
+    """Refuse the body of a listing that is cut off, or no listing."""
+    from botocore.exceptions import IncompleteReadError
+    from botocore.parsers import ResponseParserError
+
+    body, length = response_dict["body"], response_dict["headers"].get("content-length")
+    if length is not None and int(length) != len(body):
+        raise IncompleteReadError(actual_bytes=len(body), expected_bytes=int(length))
+    if response_dict["status_code"] == 200 and b"<ListBucketResult" not in body:
+        raise ResponseParserError("not a listing")
 
 
 def is_loopback(host: str) -> bool:
@@ -1466,14 +1486,15 @@ def send_patiently(
     bucket: Bucket, operation: "Callable[..., T]", attempts: int = R2_ATTEMPTS, **arguments: Any
 ) -> T:
     """Send a request until it is answered, so many times at most."""
-    for failures in itertools.count(1):
+    failures = 0
+    while True:
         try:
             return send(bucket, operation, **arguments)
         except BucketError as error:
             if not error.retry:
                 raise
+            failures += 1
             back_off(error, failures, attempts)
-    raise AssertionError("unreachable")
 
 
 def back_off(error: BucketError, failures: int, attempts: int = R2_ATTEMPTS) -> None:
@@ -1507,12 +1528,13 @@ def explain_refusal(error: "ClientError", bucket: Bucket) -> BucketError:
             unavailable=True,
             wait=read_retry_after(headers.get("retry-after", "")),
         )
+    # A HEAD has no body, and so no code but the status.
+    foreign = error.operation_name != "HeadObject" and (not code or code == str(status))
+    if foreign or (status < 400 and status not in (0, 304)):
+        return wrong_endpoint(bucket, f"status {status} without an S3 error", status)
     known = explain_code(code, status, bucket, headers)
     if known:
         return BucketError(known[0], known[1], status=status)
-    html = error.operation_name != "HeadObject" and (not code or code == str(status))
-    if html or status < 400:
-        return wrong_endpoint(bucket, f"status {status} without an S3 error", status)
     return BucketError(
         f"{bucket.host} refused the request: {status} {code} {text}".rstrip() + ".",
         "Check R2_ENDPOINT_URL or R2_ACCOUNT_ID, and the bucket's name.",
@@ -1631,11 +1653,7 @@ def explain_silence(error: Exception, bucket: Bucket) -> BucketError:
                 unavailable=True,
             )
     if isinstance(error, (ResponseParserError, ValueError)):
-        if "<ListBucketResult" not in str(error):
-            return wrong_endpoint(bucket, "no S3 XML in the answer")
-        return BucketError(
-            f"The answer of {bucket.host} was cut off.", retry=True, unavailable=True
-        )
+        return wrong_endpoint(bucket, "its listing is none")
     return BucketError(
         f"The connection to {bucket.host} failed ({describe_break(error)}).",
         "Check the internet connection, then run the same command again: it goes on from here.",
@@ -1681,9 +1699,13 @@ def list_objects(bucket: Bucket, prefix: str) -> "list[RemoteObject]":
     objects: list[RemoteObject] = []
     position: dict[str, Any] = {}
     while True:
-        page = send_patiently(bucket, bucket.client.list_objects_v2, Prefix=prefix, **position)
-        if "Name" not in page and "KeyCount" not in page:
-            raise wrong_endpoint(bucket, "its listing names no bucket")
+        page = send_patiently(
+            bucket,
+            bucket.client.list_objects_v2,
+            Prefix=prefix,
+            MaxKeys=LISTING_PAGE,
+            **position,
+        )
         try:
             objects += [
                 RemoteObject(o["Key"], o["Size"], o["ETag"].strip('"'), o["LastModified"])
@@ -1756,7 +1778,7 @@ def find_named(objects: "Sequence[RemoteObject]", name: str, prefix: str) -> Rem
     """Return the one object that `name` means: a key, a key under the prefix, or a file name."""
     for meaning in (
         lambda key: key == name,
-        lambda key: key == prefix + name,
+        lambda key: key in (prefix + name, f"{prefix}/{name}"),
         lambda key: key.rpartition("/")[2] == name,
     ):
         found = [o for o in objects if meaning(o.key)]
@@ -1769,14 +1791,20 @@ def find_named(objects: "Sequence[RemoteObject]", name: str, prefix: str) -> Rem
                 ),
                 hint="Give the whole key of one of them with --dataset_name KEY.",
             )
-    names = {o.key.rpartition("/")[2]: o.key for o in objects if not o.key.endswith("/")}
-    near = difflib.get_close_matches(name.rpartition("/")[2], names, 3, cutoff=0.5)
+    near = nearest_names(name, [o.key for o in objects if not o.key.endswith("/")])
     raise FineTuningError(
         f"There is no object {name!r} among the {len(objects)} under {prefix!r}.",
-        hint="Did you mean {}?".format(" or ".join(repr(printable(names[n])) for n in near))
+        hint="Did you mean {}?".format(" or ".join(repr(printable(key)) for key in near))
         if near
         else "Without --dataset_name the program chooses by itself.",
     )
+
+
+def nearest_names(name: str, names: "Sequence[str]") -> "list[str]":
+    """Return up to three of the names that are spelt like `name`, folders and suffixes aside."""
+    stems = {n: PurePosixPath(n).stem.lower() for n in names}
+    near = difflib.get_close_matches(PurePosixPath(name).stem.lower(), set(stems.values()), 3)
+    return [n for stem in near for n in stems if stems[n] == stem][:3]
 
 
 def log_choice(
@@ -1823,7 +1851,7 @@ def cache_path(folder: Path, bucket: Bucket, remote: RemoteObject) -> Path:
         hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
         for parts in ([bucket.host, bucket.name, remote.key], [remote.etag, remote.size])
     )
-    return folder / f"{name.strip('_')[:60] or 'data'}-{of_key}-{of_version}{suffix}"
+    return folder / f"{name.strip('_-')[:60] or 'data'}-{of_key}-{of_version}{suffix}"
 
 
 def open_regular(path: Path) -> "io.BufferedReader":
@@ -1863,7 +1891,7 @@ def read_copy(path: Path) -> "CachedCopy | None":
         return CachedCopy(path, info["host"], info["bucket"], remote, info["sha256"], proof)
     except FileNotFoundError:
         return None
-    except (OSError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except (OSError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
         log.warning("  %s cannot be used: %s", info_path(path), error)
         return None
 
@@ -2119,12 +2147,11 @@ def guess_part_sizes(size: int, parts: int) -> "list[int]":
     if parts == 1:
         return [size]
     least, most = -(-size // parts), (size - 1) // (parts - 1)
-    mib = 1024 * 1024
-    usual = [n * mib for n in (8, 5, 16, 10, 15, 25, 32, 50, 64, 100, 128, 256, 512, 1024)]
-    usual += [n * 1_000_000 for n in (5, 8, 10, 16, 20, 25, 50, 100)]
-    multiples = range(-(-least // mib) * mib, most + 1, mib)
-    fitting = [n for n in usual if least <= n <= most]
-    return list(dict.fromkeys([*fitting, least, most, *multiples[:64]]))
+    usual = [n * 2**20 for n in (8, 5, 16, 10, 15, 25, 32, 50, 64, 100, 128, 256, 512, 1024)]
+    guesses = [n for n in usual if least <= n <= most]
+    for unit in (2**20, 10**6):
+        guesses += range(-(-least // unit) * unit, most + 1, unit)[:64]
+    return list(dict.fromkeys([*guesses, least, most]))
 
 
 def multipart_etag(path: Path, part_size: int) -> str:
@@ -2148,13 +2175,13 @@ def multipart_etag(path: Path, part_size: int) -> str:
     return f"{whole}-{len(digests)}"
 
 
-def find_partials(path: Path) -> "list[tuple[int, Path]]":
-    """Return size and path of what interrupted runs left of this download."""
+def find_partials(path: Path, own: Path) -> "list[tuple[int, Path]]":
+    """Return size and path of what interrupted runs left of this download, `own` aside."""
     found = []
     for partial in path.parent.glob(path.name + ".*.partial"):
         owner = re.fullmatch(r"\.(\d+)-[0-9a-f]+\.partial", partial.name[len(path.name) :])
         # Where locks do nothing, the owner may be at work in this very moment.
-        if owner and not is_running(int(owner[1])):
+        if owner and partial != own and not is_running(int(owner[1])):
             with contextlib.suppress(FileNotFoundError):
                 status = partial.lstat()
                 found.append((status.st_size * stat.S_ISREG(status.st_mode), partial))
@@ -2162,7 +2189,9 @@ def find_partials(path: Path) -> "list[tuple[int, Path]]":
 
 
 def is_running(pid: int) -> bool:
-    """Tell whether a process of this machine is alive."""
+    """Tell whether another process of this machine, with this number, is alive."""
+    if pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -2172,12 +2201,12 @@ def is_running(pid: int) -> bool:
     return True
 
 
-def take_over_partials(path: Path, file: "IO[bytes]", size: int) -> None:
+def take_over_partials(path: Path, own: Path, file: "IO[bytes]", size: int) -> None:
     """Copy what interrupted runs left of this download into `file`, and remove it.
 
     A copy, so that no two processes ever write to one file, whatever the locks are worth.
     """
-    found = find_partials(path)
+    found = find_partials(path, own)
     length, best = max((f for f in found if f[0] <= size), default=(0, path))
     if length:
         try:
@@ -2240,7 +2269,7 @@ def download_object(bucket: Bucket, remote: RemoteObject, folder: Path) -> "Cach
         partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
         with partial.open("x+b", buffering=0) as file:
             try:
-                take_over_partials(path, file, remote.size)
+                take_over_partials(path, partial, file, remote.size)
                 check_free_space(folder, remote.size - file.tell())
                 verified = fill_and_verify(bucket, remote, partial, file)
                 if verified is None:
@@ -2381,7 +2410,7 @@ def suggest_files(folder: Path, hint: str, name: str = "") -> str:
         names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in DATA_SUFFIXES)
     except OSError:
         return hint
-    near = difflib.get_close_matches(name, names, 3) if name else names[:3]
+    near = nearest_names(name, names) if name else names[:3]
     if not near:
         return hint
     return "Did you mean {}?".format(" or ".join(printable(str(folder / n)) for n in near))
@@ -2461,9 +2490,6 @@ def check_bucket(config: FineTuningConfig) -> Check:
             return Check(name, "failed", str(error), error.hint)
         detail = f"{error} A verified copy is in the cache and will be used: {describe_copy(copy)}."
         return Check(name, "warning", detail, error.hint)
-    if "Name" not in page and "KeyCount" not in page:
-        stranger = wrong_endpoint(bucket, "its listing names no bucket")
-        return Check(name, "failed", str(stranger), stranger.hint)
     if not page.get("Contents") and not config.dataset_name:
         return Check(
             name,
