@@ -5566,7 +5566,7 @@ def generation_settings(
 
 
 @dataclass
-class Conversation:
+class ChatState:
     """Hold the state of a chat: system message, turns so far, and the number of answers."""
 
     system: "str | None"
@@ -5580,7 +5580,7 @@ class Conversation:
         return [{"role": "system", "content": self.system}, *self.turns]
 
 
-def drop_old_turns(conversation: Conversation, served: ServedModel, max_new_tokens: int) -> None:
+def drop_old_turns(conversation: ChatState, served: ServedModel, max_new_tokens: int) -> None:
     """Forget the oldest turns until the rest leaves room for an answer, and say so."""
     room = min(max_new_tokens, served.context // 2)
     dropped = 0
@@ -5606,7 +5606,7 @@ def write_out(text: str) -> None:
 
 def stream_answer(
     served: ServedModel,
-    conversation: Conversation,
+    conversation: ChatState,
     options: ChatOptions,
     seed: int,
     on_text: "Callable[[str], None]",
@@ -5630,7 +5630,7 @@ def stream_answer(
 
 
 def answer_turn(
-    served: ServedModel, conversation: Conversation, text: str, options: ChatOptions, seed: int
+    served: ServedModel, conversation: ChatState, text: str, options: ChatOptions, seed: int
 ) -> None:
     """Answer a message on stdout and remember both; on a terminal, Ctrl-C stops the answer."""
     conversation.turns.append({"role": "user", "content": text})
@@ -5672,7 +5672,7 @@ CHAT_HELP = """\
 Ctrl-C stops an answer."""
 
 
-def obey_command(line: str, conversation: Conversation) -> None:
+def obey_command(line: str, conversation: ChatState) -> None:
     """Carry out a line that starts with a slash."""
     command, _, text = line.partition(" ")
     if command == "/reset":
@@ -5699,9 +5699,7 @@ def read_line() -> "str | None":
     return line.rstrip("\n") if line else None
 
 
-def converse(
-    served: ServedModel, conversation: Conversation, options: ChatOptions, seed: int
-) -> None:
+def converse(served: ServedModel, conversation: ChatState, options: ChatOptions, seed: int) -> None:
     """Answer line after line until /quit or the end of input."""
     with contextlib.suppress(ImportError):  # absent on Windows
         import readline  # noqa: F401 - gives input() its editing and its history
@@ -5745,7 +5743,7 @@ def chat(config: FineTuningConfig, options: ChatOptions) -> None:
             f"--compare needs an adapter, and {config.output_dir} holds a merged model.",
             hint="Name the adapter's folder with --output_dir.",
         )
-    conversation = Conversation(None if options.no_system_prompt else served.system_prompt)
+    conversation = ChatState(None if options.no_system_prompt else served.system_prompt)
     if options.prompt is not None:
         answer_turn(served, conversation, clean_text(options.prompt), options, config.seed)
     else:

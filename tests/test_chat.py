@@ -264,7 +264,7 @@ def test_oldest_turns_are_forgotten_when_the_context_is_full(
     served: ServedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whole turns go, the system message stays, and the user is told."""
-    conversation = program.Conversation(SYSTEM)
+    conversation = program.ChatState(SYSTEM)
     for number in range(4):
         conversation.turns += [
             {"role": "user", "content": f"{number} " + "word " * 20},
