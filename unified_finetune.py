@@ -77,7 +77,12 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from peft.tuners import lora
     from tqdm import tqdm
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import (
+        GenerationConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerFast,
+    )
+    from transformers.generation.streamers import BaseStreamer
     from trl import SFTConfig, SFTTrainer
 
 __version__ = "1.0.0"
@@ -95,7 +100,8 @@ def option(default: Any, help_text: str, **limits: Any) -> Any:
     """Declare one setting: its default, its help text and the limits its value must respect.
 
     Limits: `at_least`, `at_most`, `above`, `below` (numbers), `choices` (strings),
-    `switch=True` (a property of this one call, not of the run: never saved).
+    `switch=True` (a property of this one call, not of the run: never saved),
+    `verbatim=True` (any text is a value, the empty one and "none" too).
     """
     return field(default=default, metadata={"help": help_text, **limits})
 
@@ -159,20 +165,22 @@ class FineTuningConfig:
     # fmt: on
 
 
-def config_fields() -> "dict[str, dataclasses.Field[Any]]":
-    """Return the fields of the configuration by name, in their order."""
-    return {f.name: f for f in dataclasses.fields(FineTuningConfig)}
+def config_fields(record: type = FineTuningConfig) -> "dict[str, dataclasses.Field[Any]]":
+    """Return the fields of the configuration, or of a command's options, by name."""
+    return {f.name: f for f in dataclasses.fields(record)}
 
 
-def coerce_value(name: str, value: object) -> object:
-    """Return `value` (text from a flag, or a JSON/YAML value) as the field's type.
+def coerce_value(name: str, value: object, record: type = FineTuningConfig) -> object:
+    """Return `value` (text from a flag, or a JSON/YAML value) as the type of the record's field.
 
     Raises:
         ValueError: with what was expected, when the value has another type.
     """
-    hint = typing.get_type_hints(FineTuningConfig)[name]
+    hint = typing.get_type_hints(record)[name]
     choices = [a for a in typing.get_args(hint) if a is not type(None)]
-    if type(None) in typing.get_args(hint):
+    if config_fields(record)[name].metadata.get("verbatim"):
+        hint = str
+    elif type(None) in typing.get_args(hint):
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
             return None
         hint = choices[0]
@@ -218,9 +226,9 @@ def coerce_scalar(kind: type, value: object) -> object:
     raise ValueError("must be a whole number" if kind is int else "must be a number")
 
 
-def check_limits(name: str, value: object) -> Iterator[str]:
+def check_limits(name: str, value: object, record: type = FineTuningConfig) -> Iterator[str]:
     """Yield what is wrong with a value of the right type, going by the field's declared limits."""
-    limits = config_fields()[name].metadata
+    limits = config_fields(record)[name].metadata
     if "choices" in limits and value not in limits["choices"]:
         near = difflib.get_close_matches(str(value), limits["choices"], 1)
         yield "must be one of {}{}".format(
@@ -5195,9 +5203,584 @@ def model_card(config: FineTuningConfig, data: PreparedData, metrics: "dict[str,
 # ======================================================================================
 
 
-def chat(config: FineTuningConfig, options: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """Hold the flags of `chat`."""
+
+    # fmt: off
+    # ruff: disable[E501]
+    prompt: "str | None" = option(None, "answer this on stdout, then exit", verbatim=True)
+    compare: bool = option(False, "show the base model's answer beside the adapter's")
+    no_system_prompt: bool = option(False, "leave out the system message that the adapter was trained with")
+    max_new_tokens: int = option(512, "longest answer, in tokens", at_least=1)
+    temperature: float = option(0, "0: always the likeliest token (greedy); above: sample, seeded by --seed", at_least=0, at_most=100)
+    top_p: float = option(1, "sample from the likeliest tokens that make up this share of the probability", above=0, at_most=1)
+    top_k: int = option(0, "sample from so many of the likeliest tokens (0: all)", at_least=0)
+    repetition_penalty: float = option(1, "above 1: make tokens that occurred before less likely", at_least=0.1, at_most=10)
+    # ruff: enable[E501]
+    # fmt: on
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with options that are fine one by one."""
+        if self.prompt is not None and not self.prompt.strip():
+            yield "--prompt must not be empty"
+        if self.temperature == 0 and (self.top_p != 1 or self.top_k != 0):
+            yield "--top_p and --top_k change nothing at temperature 0; add --temperature 0.7"
+        if 0 < self.temperature < 0.01:
+            yield f"--temperature must be 0 or at least 0.01, not {self.temperature}"
+
+    def sampling(self) -> "Sampling":
+        """Return how tokens are chosen."""
+        return Sampling(self.temperature, self.top_p, self.top_k, self.repetition_penalty)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Say how the next token is chosen; the defaults are greedy."""
+
+    temperature: float = 0
+    top_p: float = 1
+    top_k: int = 0
+    repetition_penalty: float = 1
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Hold one answer: text, tokens (without the end token), and whether it ended by itself."""
+
+    text: str
+    token_ids: "tuple[int, ...]"
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """Describe a trained adapter on disk whose files were found whole."""
+
+    path: Path
+    base_model: str
+
+    @property
+    def weights(self) -> Path:
+        """Return the file of its tensors."""
+        return self.path / "adapter_model.safetensors"
+
+    @property
+    def tokenizer_source(self) -> str:
+        """Return where its tokenizer is: with the adapter, or else with the base model."""
+        return str(self.path) if (self.path / "tokenizer.json").is_file() else self.base_model
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """Hold a model that is ready to answer."""
+
+    model: "PreTrainedModel | PeftModel"
+    tokenizer: "PreTrainedTokenizerFast"
+    system_prompt: "str | None"
+    description: str
+
+    @property
+    def context(self) -> int:
+        """Return how many tokens prompt and answer may have together."""
+        return context_length(self.model)
+
+
+def read_json_object(path: Path) -> "dict[str, Any]":
+    """Return the object in a JSON file; raise FineTuningError where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FineTuningError(
+            f"{path} cannot be read: {first_line(error)}",
+            hint="The file is damaged; restore it from a copy, or train again.",
+        ) from error
+    if not isinstance(content, dict):
+        raise FineTuningError(
+            f"{path} does not hold a JSON object.",
+            hint="The file is damaged; restore it from a copy, or train again.",
+        )
+    return content
+
+
+def read_trained_system_prompt(folder: Path) -> "str | None":
+    """Return the system message that training_config.json names, or None."""
+    path = folder / CONFIG_FILE
+    prompt = read_json_object(path).get("system_prompt") if path.is_file() else None
+    if prompt is not None and not isinstance(prompt, str):
+        raise FineTuningError(f"system_prompt in {path} is no text: {prompt!r}")
+    return prompt
+
+
+def read_adapter_folder(folder: Path) -> AdapterFolder:
+    """Find a LoRA adapter's files in `folder`, whole; weights in pickles are never read."""
+    if not (folder / "adapter_config.json").is_file():
+        found = sorted(p.name for p in folder.glob("adapter_model.*"))
+        raise FineTuningError(
+            f"{folder} holds {found[0]} but no adapter_config.json; the adapter is incomplete."
+            if found
+            else f"There is no trained adapter in {folder} (no adapter_config.json).",
+            hint="Train one (python unified_finetune.py), or name its folder with --output_dir.",
+        )
+    settings = read_json_object(folder / "adapter_config.json")
+    base = settings.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise FineTuningError(
+            f"{folder / 'adapter_config.json'} names no base model (base_model_name_or_path).",
+            hint="Write there the Hugging Face id or the folder of the model it was trained on.",
+        )
+    if settings.get("peft_type") != "LORA":
+        raise FineTuningError(
+            f"The adapter in {folder} is of type {settings.get('peft_type')!r}, not LORA.",
+            hint="This program serves the LoRA adapters that it trains.",
+        )
+    adapter = AdapterFolder(folder, base)
+    if not adapter.weights.is_file():
+        raise FineTuningError(
+            f"{adapter.weights} is missing.",
+            hint="Weights are read from safetensors only, never from pickles (.bin, .pt).",
+        )
+    check_adapter_weights(adapter)
+    return adapter
+
+
+def check_adapter_weights(adapter: AdapterFolder) -> None:
+    """Raise FineTuningError unless the tensors are readable, finite and as they were saved."""
+    from safetensors import SafetensorError, safe_open
+
+    metrics = adapter.path / METRICS_FILE
+    saved_as = read_json_object(metrics).get("adapter_sha256") if metrics.is_file() else None
+    again = "Restore it from a copy or a checkpoint (--output_dir {}/checkpoint-N), or train again."
+    hint = again.format(adapter.path)
+    try:
+        digest = sha256_of(adapter.weights)
+        with safe_open(adapter.weights, framework="pt") as file:
+            broken = [n for n in file.keys() if not file.get_tensor(n).isfinite().all()]  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise FineTuningError(
+            f"{adapter.weights} is damaged: {first_line(error)}", hint=hint
+        ) from error
+    if saved_as and digest != saved_as:
+        raise FineTuningError(
+            f"{adapter.weights} is not the file that training saved: its SHA-256 is "
+            f"{digest[:12]}…, {METRICS_FILE} says {str(saved_as)[:12]}….",
+            hint=hint,
+        )
+    if broken:
+        raise FineTuningError(
+            f"{adapter.weights} holds NaN or infinite numbers ({broken[0]}).", hint=hint
+        )
+
+
+def choose_serving_device(config: FineTuningConfig) -> "tuple[str, str]":
+    """Return the device and the dtype to answer with."""
+    device, _ = choose_device(config)
+    if config.fp16 and device != "cuda":
+        raise FineTuningError(
+            f"fp16 works on NVIDIA GPUs only, and the device is {device}.",
+            hint="Leave --fp16 out; --bf16 saves as much memory.",
+        )
+    return device, "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
+
+
+def hush_transformers() -> None:
+    """Send what transformers has to say to the log, and keep its bars off the console."""
+    from transformers.utils import logging as library_logging
+
+    library_logging.disable_default_handler()
+    library_logging.enable_propagation()
+    library_logging.disable_progress_bar()
+
+
+def attach_adapter(model: "PreTrainedModel", adapter: AdapterFolder, device: str) -> "PeftModel":
+    """Put the adapter on its base model; raise FineTuningError where the two do not fit."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    try:
+        tuned = PeftModel.from_pretrained(model, str(adapter.path), torch_device=device)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        detail = str(error).strip().splitlines()[-1].strip()  # the first line names only the class
+        raise FineTuningError(
+            f"The adapter in {adapter.path} does not fit the model {adapter.base_model}: {detail}",
+            hint="base_model_name_or_path in adapter_config.json must name the model that it was "
+            "trained on.",
+        ) from error
+    with safe_open(adapter.weights, framework="pt") as file:
+        different = set(file.keys()) ^ set(get_peft_model_state_dict(tuned))
+    if different:
+        raise FineTuningError(
+            f"The adapter in {adapter.path} does not fit the model {adapter.base_model}: "
+            f"{len(different)} tensors have no counterpart ({min(different)}).",
+            hint="adapter_config.json and adapter_model.safetensors must be of the same training.",
+        )
+    return tuned
+
+
+def load_served_model(config: FineTuningConfig) -> ServedModel:
+    """Load what `output_dir` holds, an adapter with its base or a merged model, ready to answer."""
+    folder = Path(config.output_dir)
+    is_merged = (folder / "config.json").is_file() and not (
+        folder / "adapter_config.json"
+    ).is_file()
+    adapter = None if is_merged else read_adapter_folder(folder)
+    device, dtype = choose_serving_device(config)
+    hush_transformers()
+    source = str(folder) if adapter is None else adapter.base_model
+    tokenizer = load_tokenizer(source if adapter is None else adapter.tokenizer_source)
+    model: PreTrainedModel | PeftModel
+    try:
+        model = load_base_model(dataclasses.replace(config, model_name=source), device, dtype)
+        if adapter is not None:
+            model = attach_adapter(model, adapter, device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise FineTuningError(
+            f"The model does not fit into the memory of {device}.",
+            hint="Try --device cpu, or --bf16, which halves it.",
+        ) from error
+    rows = typing.cast("torch.nn.Embedding", model.get_input_embeddings()).num_embeddings
+    if len(tokenizer) > rows:
+        raise FineTuningError(
+            f"The tokenizer has {len(tokenizer)} tokens and the model only {rows} embeddings.",
+            hint="The tokenizer belongs to another model.",
+        )
+    what = f"the merged model in {folder}"
+    if adapter is not None:
+        what = f"{adapter.base_model} with the adapter in {folder}"
+    trained = read_trained_system_prompt(folder)
+    return ServedModel(
+        model.eval(),
+        tokenizer,
+        trained if config.system_prompt is None else config.system_prompt,
+        f"{what}, on {device} in {dtype}",
+    )
+
+
+def context_length(model: "PreTrainedModel | PeftModel") -> int:
+    """Return how many tokens the model can see."""
+    return int(model.config.max_position_embeddings)
+
+
+LONGEST_CHARACTER = 4  # bytes, in UTF-8
+
+
+def decode_answer(tokenizer: "PreTrainedTokenizerFast", token_ids: Sequence[int]) -> str:
+    """Return the text of generated tokens exactly, a leading space included.
+
+    Llama tokenizers strip a space from the start of what they decode, so a token stands before.
+    """
+    special = set(tokenizer.all_special_ids)
+    visible = [tokenizer.eos_token_id, *(i for i in token_ids if i not in special)]
+    text = tokenizer.decode(visible, clean_up_tokenization_spaces=False)
+    return str(text).removeprefix(str(tokenizer.eos_token))
+
+
+class AnswerStream:
+    """Collect the tokens that `generate` puts out and hand on their text once it is certain."""
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerFast", on_text: "Callable[[str], None] | None"
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.on_text = on_text
+        self.prompt_seen = False
+        self.pending: list[int] = []
+        self.text = ""
+
+    def put(self, value: "torch.Tensor") -> None:
+        """Take the prompt [1, tokens], then each new token [1]."""
+        if self.prompt_seen:
+            self.pending += value.flatten().tolist()
+            # A character of several byte tokens reads as U+FFFD until its last one is there.
+            is_whole = not decode_answer(self.tokenizer, self.pending).endswith("\ufffd")
+            if is_whole or len(self.pending) >= LONGEST_CHARACTER:
+                self.end()
+        self.prompt_seen = True
+
+    def end(self) -> None:
+        """Hand on what is held back."""
+        text = decode_answer(self.tokenizer, self.pending)
+        self.pending = []
+        self.text += text
+        if self.on_text and text:
+            self.on_text(text)
+
+
+def tokenize_prompt(
+    tokenizer: "PreTrainedTokenizerFast", messages: "Sequence[dict[str, str]]"
+) -> list[int]:
+    """Return the tokens of a conversation up to where the answer starts, as in training."""
+    rendered = render_chat(tokenizer, messages, add_generation_prompt=True)
+    return tokenize_rendered(tokenizer, rendered)
+
+
+def generate_answer(
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: "PreTrainedTokenizerFast",
+    messages: "Sequence[dict[str, str]]",
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    on_text: "Callable[[str], None] | None" = None,
+) -> Answer:
+    """Answer a conversation ({"role", "content"}), handing text to `on_text` as it comes.
+
+    The answer ends at the tokenizer's end token, after `max_new_tokens`, or where the model's
+    context ends. Raises FineTuningError when the conversation itself fills the context.
+    """
+    import torch
+
+    prompt = tokenize_prompt(tokenizer, messages)
+    room = context_length(model) - len(prompt)
+    if room < 1:
+        raise FineTuningError(
+            f"The message is too long: {len(prompt)} tokens, and the model sees "
+            f"{context_length(model)}, its answer included.",
+            hint="Shorten it.",
+        )
+    input_ids = torch.tensor([prompt], device=next(model.parameters()).device)
+    stream = AnswerStream(tokenizer, on_text)
+    was_training = model.training
+    model.eval()
+    try:
+        output = typing.cast("Any", model).generate(
+            input_ids=input_ids,
+            # Without it, a pad token that equals the end token hides every </s> of the prompt.
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=generation_settings(tokenizer, min(max_new_tokens, room), sampling),
+            streamer=typing.cast("BaseStreamer", stream),
+        )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise FineTuningError(
+            f"An answer to {len(prompt)} tokens does not fit into memory.",
+            hint="Use --device cpu, --bf16, or a shorter conversation.",
+        ) from error
+    finally:
+        model.train(was_training)
+    token_ids = typing.cast("torch.Tensor", output)[0, len(prompt) :].tolist()
+    stopped = token_ids[-1:] == [tokenizer.eos_token_id]
+    token_ids = token_ids[: len(token_ids) - stopped]
+    return Answer(stream.text, tuple(token_ids), stopped)
+
+
+def generation_settings(
+    tokenizer: "PreTrainedTokenizerFast", max_new_tokens: int, sampling: Sampling
+) -> "GenerationConfig":
+    """Return settings that leave nothing to the base model's own generation_config.json."""
+    from transformers import GenerationConfig
+
+    drawn = sampling.temperature > 0
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=drawn,
+        num_beams=1,
+        temperature=float(sampling.temperature) if drawn else 1.0,
+        top_p=float(sampling.top_p),
+        top_k=sampling.top_k if drawn else 50,  # 50 is the library's default: greedy ignores it
+        repetition_penalty=float(sampling.repetition_penalty),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+
+
+@dataclass
+class ChatState:
+    """Hold the state of a chat: system message, turns so far, and the number of answers."""
+
+    system: "str | None"
+    turns: "list[dict[str, str]]" = field(default_factory=list)
+    answers: int = 0
+
+    def messages(self) -> "list[dict[str, str]]":
+        """Return everything that the model reads."""
+        if not self.system:
+            return self.turns
+        return [{"role": "system", "content": self.system}, *self.turns]
+
+
+def drop_old_turns(conversation: ChatState, served: ServedModel, max_new_tokens: int) -> None:
+    """Forget the oldest turns until the rest leaves room for an answer, and say so."""
+    room = min(max_new_tokens, served.context // 2)
+    dropped = 0
+    while len(conversation.turns) > 2 and (
+        len(tokenize_prompt(served.tokenizer, conversation.messages())) + room > served.context
+    ):
+        del conversation.turns[:2]  # a question and its answer
+        dropped += 1
+    if dropped:
+        log.info(
+            "(the oldest %s no longer fit%s into the model's %d tokens: forgotten)",
+            "turn" if dropped == 1 else f"{dropped} turns",
+            "s" * (dropped == 1),
+            served.context,
+        )
+
+
+def write_out(text: str) -> None:
+    """Write to stdout at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def stream_answer(
+    served: ServedModel,
+    conversation: ChatState,
+    options: ChatOptions,
+    seed: int,
+    on_text: "Callable[[str], None]",
+) -> None:
+    """Generate one answer onto stdout, ended by a newline, and say on stderr when it was cut."""
+    import torch
+
+    # The same draw for the base and the adapter, another one for the next question.
+    torch.manual_seed(seed + conversation.answers)
+    answer = generate_answer(
+        served.model,
+        served.tokenizer,
+        conversation.messages(),
+        max_new_tokens=options.max_new_tokens,
+        sampling=options.sampling(),
+        on_text=on_text,
+    )
+    write_out("\n")
+    if not answer.stopped:
+        log.info("(cut after %d tokens)", len(answer.token_ids))
+
+
+def answer_turn(
+    served: ServedModel, conversation: ChatState, text: str, options: ChatOptions, seed: int
+) -> None:
+    """Answer a message on stdout and remember both; on a terminal, Ctrl-C stops the answer."""
+    conversation.turns.append({"role": "user", "content": text})
+    said: list[str] = []
+
+    def show(piece: str) -> None:
+        said.append(piece)
+        write_out(piece)
+
+    labelled = options.compare or (sys.stdin.isatty() and options.prompt is None)
+    try:
+        drop_old_turns(conversation, served, options.max_new_tokens)
+        if options.compare:
+            write_out("base> ")
+            with typing.cast("PeftModel", served.model).disable_adapter():
+                stream_answer(served, conversation, options, seed, write_out)
+        write_out("tuned> " * labelled)
+        stream_answer(served, conversation, options, seed, show)
+    except KeyboardInterrupt:
+        if options.prompt is not None or not sys.stdin.isatty():
+            raise
+        write_out("\n")
+        log.info("(stopped)")
+    except FineTuningError:
+        conversation.turns.pop()
+        raise
+    conversation.answers += 1
+    if said:
+        conversation.turns.append({"role": "assistant", "content": "".join(said)})
+    else:
+        conversation.turns.pop()
+
+
+CHAT_HELP = """\
+/reset         forget the conversation
+/system TEXT   set the system message (without TEXT: none)
+/help          this list
+/quit          end the chat; so does Ctrl-D
+Ctrl-C stops an answer."""
+
+
+def obey_command(line: str, conversation: ChatState) -> None:
+    """Carry out a line that starts with a slash."""
+    command, _, text = line.partition(" ")
+    if command == "/reset":
+        conversation.turns.clear()
+        log.info("(forgotten)")
+    elif command == "/system":
+        conversation.system = text.strip() or None
+        log.info("(system message: %s)", conversation.system or "none")
+    else:
+        if command != "/help":
+            log.info("There is no command %s.", command)
+        log.info("%s", CHAT_HELP)
+
+
+def read_line() -> "str | None":
+    """Return the next line from the user, editable on a terminal; None at the end of input."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        try:
+            return input("you> ")
+        except EOFError:
+            write_out("\n")
+            return None
+    line = sys.stdin.readline()
+    return line.rstrip("\n") if line else None
+
+
+def converse(served: ServedModel, conversation: ChatState, options: ChatOptions, seed: int) -> None:
+    """Answer line after line until /quit or the end of input."""
+    with contextlib.suppress(ImportError):  # absent on Windows
+        import readline  # noqa: F401 - gives input() its editing and its history
+    log.info("Chat with %s.", served.description)
+    log.info("System message: %s. /help lists the commands.", conversation.system or "none")
+    while True:
+        try:
+            line = read_line()
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            write_out("\n")
+            log.info("(/quit or Ctrl-D ends the chat)")
+            continue
+        if line is None or line.strip() == "/quit":
+            return
+        if line.startswith("/"):
+            obey_command(line.strip(), conversation)
+        elif line.strip():
+            try:
+                answer_turn(served, conversation, clean_text(line), options, seed)
+            except FineTuningError as error:
+                if not sys.stdin.isatty():
+                    raise
+                log.error("%s %s", error, error.hint)
+
+
+def clean_text(text: str) -> str:
+    """Replace what is not valid Unicode: bytes that a terminal in another encoding sent."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def chat(config: FineTuningConfig, options: ChatOptions) -> None:
     """Answer with the trained adapter, rendered and tokenized as in training."""
-    raise NotImplementedError
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an answer may hold what the terminal cannot show
+    served = load_served_model(config)
+    if options.compare and not is_peft(served):
+        raise FineTuningError(
+            f"--compare needs an adapter, and {config.output_dir} holds a merged model.",
+            hint="Name the adapter's folder with --output_dir.",
+        )
+    conversation = ChatState(None if options.no_system_prompt else served.system_prompt)
+    if options.prompt is not None:
+        answer_turn(served, conversation, clean_text(options.prompt), options, config.seed)
+    else:
+        converse(served, conversation, options, config.seed)
+
+
+def is_peft(served: ServedModel) -> bool:
+    """Tell whether the model carries an adapter that can be switched off."""
+    from peft import PeftModel
+
+    return isinstance(served.model, PeftModel)
 
 
 # ======================================================================================
@@ -5263,6 +5846,8 @@ COMMANDS = {
     "data": "stages 1-3: quality report, token statistics, the plan and its estimates",
     "chat": "talk to the trained adapter",
 }
+# The options of single commands, declared as the settings are.
+COMMAND_OPTIONS: "dict[str, type]" = {"chat": ChatOptions}
 
 
 def build_parser(command: str) -> argparse.ArgumentParser:
@@ -5278,30 +5863,56 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--config", metavar="FILE", help="settings from a JSON or YAML file")
-    if command == "chat":
-        group = parser.add_argument_group("chat")
-        group.add_argument("--prompt", metavar="TEXT", help="one answer on stdout, then exit")
-        group.add_argument(
-            "--compare", action="store_true", help="show the base model's answer beside it"
-        )
+    if command in COMMAND_OPTIONS:
+        add_flags(parser.add_argument_group(command), COMMAND_OPTIONS[command], "option_")
     group = parser.add_argument_group("settings (each also a line of FineTuningConfig)")
-    for name, f in config_fields().items():
+    add_flags(group, FineTuningConfig, "setting_")
+    return parser
+
+
+def add_flags(group: "argparse._ArgumentGroup", record: type, prefix: str) -> None:
+    """Add a flag for every field of a record; its value lands in `prefix` + the field's name."""
+    for name, f in config_fields(record).items():
         names = dict.fromkeys(["--" + name, "--" + name.replace("_", "-")])
         shown = " ".join(f.default) if isinstance(f.default, tuple) else f.default
-        kind = typing.get_type_hints(FineTuningConfig)[name]
+        kind = typing.get_type_hints(record)[name]
         group.add_argument(
             *names,
-            dest="setting_" + name,
+            dest=prefix + name,
             default=None,
             help="{} [{}]".format(f.metadata["help"].replace("%", "%%"), shown),
             metavar=name.rpartition("_")[2].upper(),
             nargs="?" if kind is bool else "+" if typing.get_origin(kind) is tuple else None,
             const="true" if kind is bool else None,
         )
-    return parser
 
 
-def parse_command_line(argv: Sequence[str]) -> "tuple[str, FineTuningConfig, argparse.Namespace]":
+def read_command_options(
+    command: str, parsed: argparse.Namespace
+) -> "tuple[ChatOptions | None, list[str]]":
+    """Return the command's own options, and everything that is wrong with them."""
+    record = COMMAND_OPTIONS.get(command)
+    if record is None:
+        return None, []
+    wrong = []
+    values = {name: f.default for name, f in config_fields(record).items()}
+    for name in values:
+        text = getattr(parsed, "option_" + name)
+        if text is None:
+            continue
+        try:
+            values[name] = coerce_value(name, text, record)
+        except ValueError as error:
+            wrong.append(f"--{name} {error}, not {text!r}")
+            continue
+        wrong += [
+            f"--{name} {what}, not {text!r}" for what in check_limits(name, values[name], record)
+        ]
+    options = record(**values)
+    return options, wrong or list(options.problems())
+
+
+def parse_command_line(argv: Sequence[str]) -> "tuple[str, FineTuningConfig, ChatOptions | None]":
     """Return the command, the configuration and the command's own options.
 
     Precedence: defaults < --config < environment < flags.
@@ -5318,23 +5929,27 @@ def parse_command_line(argv: Sequence[str]) -> "tuple[str, FineTuningConfig, arg
                 hint="Commands: " + ", ".join(COMMANDS) + ".",
             )
     try:
-        options, unknown = build_parser(command).parse_known_args(rest)
+        parsed, unknown = build_parser(command).parse_known_args(rest)
     except argparse.ArgumentError as error:
         raise UsageError(str(error), hint="python unified_finetune.py --help") from error
-    settings = read_config_file(Path(options.config)) if options.config else []
+    settings = read_config_file(Path(parsed.config)) if parsed.config else []
     settings += read_environment()
     settings += [
         Setting(name, " ".join(value) if isinstance(value, list) else value, "--" + name)
         for name in config_fields()
-        for value in [getattr(options, "setting_" + name)]
+        for value in [getattr(parsed, "setting_" + name)]
         if value is not None
     ]
-    return command, build_config(settings, [describe_unknown(u) for u in unknown]), options
+    options, problems = read_command_options(command, parsed)
+    problems = [describe_unknown(u, command) for u in unknown] + problems
+    return command, build_config(settings, problems), options
 
 
-def describe_unknown(argument: str) -> str:
+def describe_unknown(argument: str, command: str) -> str:
     """Say that a command-line argument is not known, with the nearest flag that is."""
     flags = ["--" + name for name in config_fields()]
+    if command in COMMAND_OPTIONS:
+        flags += ["--" + name for name in config_fields(COMMAND_OPTIONS[command])]
     near = difflib.get_close_matches(
         argument.split("=")[0].replace("-", "_"), [f.replace("-", "_") for f in flags], 1
     )
@@ -5377,7 +5992,7 @@ def set_environment() -> None:
     os.environ["HF_DATASETS_TRUST_REMOTE_CODE"] = "0"
 
 
-def execute(command: str, config: FineTuningConfig, options: argparse.Namespace) -> None:
+def execute(command: str, config: FineTuningConfig, options: "ChatOptions | None") -> None:
     """Run one command; results go to stdout."""
     if command == "train":
         artifacts = run(config)
@@ -5389,7 +6004,8 @@ def execute(command: str, config: FineTuningConfig, options: argparse.Namespace)
         run_data(config)
     else:
         try:
-            chat(config, options)
+            if isinstance(options, ChatOptions):
+                chat(config, options)
         except FineTuningError as error:
             error.exit_code = 16
             raise
