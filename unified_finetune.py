@@ -50,6 +50,7 @@ import platform
 import random
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
         GenerationConfig,
         PreTrainedModel,
         PreTrainedTokenizerFast,
+        TrainerCallback,
     )
     from transformers.generation.streamers import BaseStreamer
     from trl import SFTConfig, SFTTrainer
@@ -272,7 +274,7 @@ class Setting:
 
 
 def build_config(settings: Sequence[Setting], problems: Sequence[str] = ()) -> FineTuningConfig:
-    """Build the configuration from settings in rising precedence, or refuse it with all problems."""
+    """Build the configuration from settings, later ones winning, or refuse it with every problem."""
     wrong = list(problems)
     values: dict[str, Any] = {name: f.default for name, f in config_fields().items()}
     for setting in settings:
@@ -1102,7 +1104,7 @@ claimed_folders: "list[typing.IO[str]]" = []  # the locks this process holds unt
 
 
 def claim_output_folder(config: FineTuningConfig) -> None:
-    """Lock the output folder, so that no second run writes to it; the lock ends with the process."""
+    """Lock the output folder against a second run; the lock ends with the process."""
     import fcntl
 
     output = Path(config.output_dir)
@@ -3853,11 +3855,11 @@ def lay_out(examples: Sequence[Example], device: str) -> Pass:
 
 
 def packed_attention(
-    module: "torch.nn.Module",
+    module: "torch.nn.Module",  # noqa: ARG001 - the interface of transformers
     query: "torch.Tensor",
     key: "torch.Tensor",
     value: "torch.Tensor",
-    attention_mask: None,  # the interface passes it; there is none
+    attention_mask: None,  # noqa: ARG001 - likewise; there is no mask
     *,
     scaling: float,
     layout: Pass,
@@ -4345,7 +4347,7 @@ class RunState:
 if TYPE_CHECKING:
 
     class LoraTrainer(SFTTrainer):
-        """Describe what `trainer_classes` builds."""
+        """Describe what `trainer_class` builds."""
 
         model: PeftModel
         run: RunState
@@ -4525,12 +4527,11 @@ def recompute_activations(model: "PeftModel") -> None:
 
 
 @functools.cache
-def trainer_classes() -> "tuple[type, type]":
-    """Build the trainer (TRL's, with the engine's steps and checkpoints) and its callback."""
+def trainer_class() -> "type[LoraTrainer]":
+    """Build the trainer: TRL's, with the engine's steps, evaluations and checkpoints."""
     import torch
     from accelerate.data_loader import SeedableRandomSampler
     from torch.utils.data import DataLoader
-    from transformers import TrainerCallback
     from trl import SFTTrainer
 
     class LoraTrainer(SFTTrainer):
@@ -4584,13 +4585,21 @@ def trainer_classes() -> "tuple[type, type]":
             folder = Path(resume_from_checkpoint)
             load_adapter_weights(self.model, folder / "adapter_model.safetensors")
 
-    class RunCallback(TrainerCallback):
-        """Keep the sampler, the record and the console in step with the trainer."""
+    return LoraTrainer
 
-        def __init__(self, trainer: LoraTrainer) -> None:
+
+@functools.cache
+def callback_class() -> "type[TrainerCallback]":
+    """Build the callback that keeps sampler, record and console in step with the trainer."""
+    from transformers import TrainerCallback
+
+    class RunCallback(TrainerCallback):
+        """Follow one trainer."""
+
+        def __init__(self, trainer: "LoraTrainer") -> None:
             self.trainer = trainer
 
-        def on_train_begin(self, args, state, control, **_) -> None:
+        def on_train_begin(self, args, state, control, **_) -> None:  # noqa: ARG002
             """Let today's intervals win over those of the checkpoint; evaluate where one is due."""
             state.logging_steps, state.eval_steps, state.save_steps = (
                 args.logging_steps,
@@ -4609,7 +4618,7 @@ def trainer_classes() -> "tuple[type, type]":
             """Note the step."""
             note_step(self.trainer)
 
-    return LoraTrainer, RunCallback
+    return RunCallback
 
 
 def evaluate_run(trainer: "LoraTrainer") -> "dict[str, float]":
@@ -4759,8 +4768,7 @@ def build_trainer(
     """Put the model, the data and the run's record into a trainer."""
     from transformers.trainer_callback import PrinterCallback
 
-    trainer_type, callback_type = trainer_classes()
-    trainer = trainer_type(
+    trainer = trainer_class()(
         model=model,
         args=trainer_arguments(config, device),
         train_dataset=data.train,
@@ -4769,7 +4777,7 @@ def build_trainer(
         processing_class=data.tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(callback_type(trainer))
+    trainer.add_callback(callback_class()(trainer))
     trainer.run, trainer.config, trainer.best, trainer.evaluating = run, config, {}, False
     trainer.periodic = data.eval.select(range(min(len(data.eval), periodic_examples(config))))
     return trainer
@@ -5127,6 +5135,7 @@ def save_results(result: TrainResult, data: PreparedData, config: FineTuningConf
 
     output = Path(config.output_dir)
     staged = output / ".staging-result"
+    samples = answer_samples(result, data)
     try:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
@@ -5146,7 +5155,9 @@ def save_results(result: TrainResult, data: PreparedData, config: FineTuningConf
         write_json(staged / CONFIG_FILE, saved_settings(config) | {"provenance": provenance})
         write_json(staged / QUALITY_FILE, dataclasses.asdict(data.quality))
         write_json(staged / METRICS_FILE, metrics)
-        (staged / "README.md").write_text(model_card(config, data, metrics), encoding="utf-8")
+        (staged / "README.md").write_text(
+            model_card(config, data, metrics, samples), encoding="utf-8"
+        )
         move_into_place(staged, output)
     except OSError as error:
         raise FineTuningError(
@@ -5154,8 +5165,67 @@ def save_results(result: TrainResult, data: PreparedData, config: FineTuningConf
             hint="Make room there, then run the same command again: the training itself is kept in "
             "the last checkpoint.",
         ) from error
-    log.info("  adapter in %s", output)
+    show_samples(samples[:2])
+    log.info(
+        "  adapter in %s: eval loss %.4f before, %.4f after",
+        output,
+        metrics["eval_loss_before"],
+        metrics["eval_loss"],
+    )
+    log.info("  talk to it: %s chat --output_dir %s", program_command(), shlex.quote(str(output)))
     return RunArtifacts(output, metrics)
+
+
+def program_command() -> str:
+    """Return how to start the program from the current folder."""
+    return shlex.join([Path(sys.executable).name, os.path.relpath(Path(__file__).resolve())])
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Hold one held-out question with the reference and both answers."""
+
+    question: str
+    reference: str
+    base: "Answer"
+    tuned: "Answer"
+
+
+SAMPLE_ANSWERS = 8
+SAMPLE_TOKENS = 64  # of an answer; enough to see whether it is one
+
+
+def answer_samples(result: TrainResult, data: PreparedData) -> "list[Sample]":
+    """Answer held-out prompts, spread over the lengths, without and with the adapter (greedy)."""
+    by_length = sorted(range(len(data.eval)), key=lambda i: (len(data.eval[i]["input_ids"]), i))
+    count = min(SAMPLE_ANSWERS, len(by_length))
+    chosen = [
+        data.eval[by_length[(2 * k + 1) * len(by_length) // (2 * count)]] for k in range(count)
+    ]
+    samples = []
+    with progress_bar(len(chosen), "prompts", "answering") as bar:
+        for example in chosen:
+            prompt = example["input_ids"][: example["prompt_length"]]
+            answers = []
+            for adapter in (result.model.disable_adapter(), contextlib.nullcontext()):
+                with adapter:
+                    answers.append(
+                        complete_prompt(
+                            result.model, result.tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS
+                        )
+                    )
+            question = result.tokenizer.decode(prompt, skip_special_tokens=True)
+            samples.append(Sample(question, example["answer"], *answers))
+            bar.advance()
+    return samples
+
+
+def show_samples(samples: "Sequence[Sample]") -> None:
+    """Show a few answers on the console, before and after."""
+    for sample in samples:
+        log.info("  question  %s", shorten(sample.question))
+        log.info("    before  %s", shorten(sample.base.text))
+        log.info("    after   %s", shorten(sample.tuned.text))
 
 
 def write_tokenizer(
@@ -5193,9 +5263,79 @@ def move_into_place(staged: Path, output: Path) -> None:
     flush_to_disk(output)
 
 
-def model_card(config: FineTuningConfig, data: PreparedData, metrics: "dict[str, Any]") -> str:
-    """Return the model card."""
-    return "# adapter\n"
+def model_card(
+    config: FineTuningConfig,
+    data: PreparedData,
+    metrics: "dict[str, Any]",
+    samples: "Sequence[Sample]",
+) -> str:
+    """Return the model card: a header that the Hugging Face hub reads, then text for people."""
+    from huggingface_hub import ModelCardData
+
+    local = Path(config.model_name).expanduser().is_dir()
+    header = ModelCardData(
+        base_model=None if local else config.model_name,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "sft", "unified-finetune"],
+    ).to_yaml()
+    settings = saved_settings(config)
+    numbers = "\n".join(f"| {name} | {value} |" for name, value in metrics.items())
+    choices = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+    answers = "\n\n".join(
+        f"**Question**\n\n{quoted(s.question)}\n\n**Base**\n\n{quoted(s.base.text)}\n\n"
+        f"**Adapter**\n\n{quoted(s.tuned.text)}"
+        for s in samples
+    )
+    return f"""---
+{header}
+---
+# LoRA adapter for {config.model_name}
+
+Trained by unified_finetune {__version__} on {metrics["train_examples"]} instruction rows
+(`{data.source.path.name}`, sha256 `{data.source.sha256}`), evaluated on
+{metrics["eval_examples"]} held-out rows: loss per answer token {metrics["eval_loss_before"]:.4f}
+before, {metrics["eval_loss"]:.4f} after.
+
+## Use
+
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import PreTrainedTokenizerFast
+
+model = AutoPeftModelForCausalLM.from_pretrained("THIS_FOLDER")
+tokenizer = PreTrainedTokenizerFast.from_pretrained("THIS_FOLDER")
+messages = [{{"role": "user", "content": "Your question"}}]
+text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+answer = model.generate(**inputs, max_new_tokens=200, eos_token_id=tokenizer.eos_token_id)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```
+
+## Samples
+
+Greedy answers to held-out questions, of the base model and with the adapter.
+
+{answers}
+
+## Numbers
+
+| name | value |
+| --- | --- |
+{numbers}
+
+## Settings
+
+| name | value |
+| --- | --- |
+{choices}
+"""
+
+
+def quoted(text: str) -> str:
+    """Return text as a Markdown code block that its content cannot leave."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`+", text))])
+    return f"{fence}\n{text}\n{fence}"
 
 
 # ======================================================================================
@@ -5533,9 +5673,24 @@ def generate_answer(
     The answer ends at the tokenizer's end token, after `max_new_tokens`, or where the model's
     context ends. Raises FineTuningError when the conversation itself fills the context.
     """
+    prompt = tokenize_prompt(tokenizer, messages)
+    return complete_prompt(
+        model, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text
+    )
+
+
+def complete_prompt(
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: "PreTrainedTokenizerFast",
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    on_text: "Callable[[str], None] | None" = None,
+) -> Answer:
+    """Generate the answer to tokens that end where it starts (see `generate_answer`)."""
     import torch
 
-    prompt = tokenize_prompt(tokenizer, messages)
     room = context_length(model) - len(prompt)
     if room < 1:
         raise FineTuningError(

@@ -16,7 +16,7 @@ import torch
 
 import unified_finetune as finetune
 
-LONG_STORY = "Think about the programs, the people, the place and the net price. " * 3
+LONG_STORY = "Think about the programs, the people, the place and the net price. " * 4
 
 
 def make_config(folder: Path, model: Path, **settings: object) -> finetune.FineTuningConfig:
@@ -41,7 +41,8 @@ def make_config(folder: Path, model: Path, **settings: object) -> finetune.FineT
 
 def write_rows(folder: Path, sample_data: Path, count: int) -> Path:
     """Write `count` rows of the sample, two of them with much longer answers."""
-    rows = json.loads(sample_data.read_text(encoding="utf-8"))[:count]
+    rows = json.loads(sample_data.read_text(encoding="utf-8"))
+    rows = [r for r in rows if len(r["output"]) < 160 and not r["input"]][:count]
     for row in rows[3::40]:
         row["output"] += " " + LONG_STORY
     path = folder / "rows.json"
@@ -265,7 +266,11 @@ def test_target_modules_that_are_not_there_are_named(prepare, modules):
 
 def test_the_best_adapter_is_kept_and_training_stops_when_it_gets_no_better(prepare):
     data, config = prepare(
-        learning_rate=0.5, num_train_epochs=8, early_stopping_patience=2, eval_steps=1
+        learning_rate=0.5,
+        num_train_epochs=8,
+        early_stopping_patience=2,
+        eval_steps=1,
+        max_eval_examples=1000,
     )
     result = train(data, config)
     evaluations = [
@@ -328,7 +333,7 @@ def test_out_of_memory_takes_smaller_passes_and_learns_the_same(
 
     def too_much(examples, device):
         layout = real(examples, device)
-        if torch.is_grad_enabled() and layout.tokens > 300:
+        if torch.is_grad_enabled() and layout.tokens > 600:
             raise RuntimeError(message)
         return layout
 
