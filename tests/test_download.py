@@ -745,6 +745,13 @@ def test_without_a_usable_etag_two_downloads_must_agree(
     assert len(store.proxy.asked("object")) == 3
 
 
+def test_the_etag_of_an_encrypted_object_is_not_taken_for_an_md5(store: Store) -> None:
+    store.put("alpaca.json")
+    store.proxy.on_head(header(x_amz_server_side_encryption="aws:kms"))
+    assert store.fetch().path.read_bytes() == DATA
+    assert len(store.proxy.asked("object")) == 2  # the second one to compare with
+
+
 def test_without_a_usable_etag_a_stored_sha256_decides(store: Store) -> None:
     pieces = [random.Random(i).randbytes(5 * 1024 * 1024 + i) for i in (0, 9)] + [b"end"]
     sha256 = hashlib.sha256(b"".join(pieces)).hexdigest()
