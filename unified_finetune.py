@@ -2100,7 +2100,7 @@ def disk_error(error: OSError, missing: int = 0) -> FineTuningError:
         return FineTuningError(
             "The disk of the cache folder (or your quota) is full.",
             hint=f"Free {human_bytes(missing + DISK_MARGIN_BYTES)} and run the same command again: "
-            "the download goes on where it stopped. Or choose another disk with --cache_dir FOLDER.",
+            "the download goes on where it stopped. Or take another disk with --cache_dir FOLDER.",
         )
     return FineTuningError(
         f"The cache folder cannot be written: {error}",
@@ -2321,7 +2321,7 @@ def fill_and_verify(
         if verdict == "wrong":
             log.warning("  What arrived is not the object (%s differs); downloading anew", proof)
         else:
-            log.info("  The ETag proves nothing here (an unusual upload?); downloading to compare")
+            log.info("  The ETag proves nothing here (unusual upload?); downloading to compare")
     raise BucketError(
         f"What {bucket.host} delivers for {remote.key!r} does not match its hash.",
         "Something between here and the bucket changes the data, or the object is damaged: try "
