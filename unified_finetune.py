@@ -510,6 +510,7 @@ class Progress:
             if note:
                 self.bar.set_postfix_str(note, refresh=False)
             if done < self.done:
+                self.bar.initial = 0  # else the rate is negative for a while
                 self.bar.reset()
             self.bar.update(done - self.bar.n)
         self.done = done
@@ -1356,7 +1357,7 @@ def check_account_id(account: str) -> Iterator[str]:
 
 def check_credential(value: str, length: "int | None") -> Iterator[str]:
     """Yield what is wrong with a key, without showing it."""
-    placeholder = r"(?i)(your|my)[_-].*|.*[_-]here|x+|\.+|<.*>|changeme|change[_-]me|placeholder"
+    placeholder = r"(?i)your[_-].*|.*[_-]here|x+|\.+|<.*>|changeme|change[_-]me|placeholder"
     if not value:
         yield "is missing"
     elif re.fullmatch(placeholder, value):
@@ -1578,7 +1579,7 @@ def explain_code(
     if code == "NoSuchBucket":
         return (
             f"There is no bucket {bucket.name!r} at {bucket.host}.",
-            "Check R2_BUCKET_NAME or --r2_bucket_name; R2_ACCOUNT_ID, for each has its own.",
+            "Check R2_BUCKET_NAME or --r2_bucket_name, and whether R2_ACCOUNT_ID is its account.",
         )
     if code == "NoSuchKey" or (status == 404 and code == "404"):
         return (
@@ -1632,7 +1633,7 @@ def explain_silence(error: Exception, bucket: Bucket) -> BucketError:
     causes = list(walk_causes(error))
     if isinstance(error, ParamValidationError):
         return BucketError(
-            f"{printable(bucket.name)!r} cannot be a bucket's name.",
+            f"{bucket.name!r} cannot be a bucket's name.",
             "Check R2_BUCKET_NAME or --r2_bucket_name.",
         )
     if isinstance(error, ProxyConnectionError):
@@ -1746,7 +1747,7 @@ def choose_object(objects: "Sequence[RemoteObject]", config: FineTuningConfig) -
         chosen = max(fitting, key=lambda o: rank_object(o, config.r2_data_prefix))
     if chosen.size == 0:
         raise FineTuningError(
-            f"The object {printable(chosen.key)!r} is empty (0 bytes).",
+            f"The object {chosen.key!r} is empty (0 bytes).",
             hint="Upload it again, or choose another one with --dataset_name NAME.",
         )
     return chosen
@@ -1772,12 +1773,12 @@ def nothing_fits(objects: "Sequence[RemoteObject]", config: FineTuningConfig) ->
     where = f"under {config.r2_data_prefix!r} in bucket {config.r2_bucket_name!r}"
     empty = [o for o in objects if reject_object(o).startswith("empty")]
     if empty:
-        names = ", ".join(repr(printable(o.key)) for o in empty[:3])
+        names = ", ".join(repr(o.key) for o in empty[:3])
         return FineTuningError(
             f"Every .json or .jsonl object {where} is empty (0 bytes): {names}.",
             hint="Upload the data set again, or use a local file with --data_path FILE.",
         )
-    names = ", ".join(repr(printable(o.key)) for o in objects[:3]) or "nothing"
+    names = ", ".join(repr(o.key) for o in objects[:3]) or "nothing"
     return FineTuningError(
         f"There is no .json or .jsonl object {where}; it holds {names}.",
         hint="Upload a data set there, or set --r2_data_prefix to where it is.",
@@ -1797,14 +1798,14 @@ def find_named(objects: "Sequence[RemoteObject]", name: str, prefix: str) -> Rem
         if found:
             raise FineTuningError(
                 "dataset_name {!r} fits {} objects: {}.".format(
-                    name, len(found), ", ".join(repr(printable(o.key)) for o in found[:10])
+                    name, len(found), ", ".join(repr(o.key) for o in found[:10])
                 ),
                 hint="Give the whole key of one of them with --dataset_name KEY.",
             )
     near = nearest_names(name, [o.key for o in objects if not o.key.endswith("/")])
     raise FineTuningError(
         f"There is no object {name!r} among the {len(objects)} under {prefix!r}.",
-        hint="Did you mean {}?".format(" or ".join(repr(printable(key)) for key in near))
+        hint="Did you mean {}?".format(" or ".join(repr(key) for key in near))
         if near
         else "Without --dataset_name the program chooses by itself.",
     )
@@ -1838,7 +1839,7 @@ def log_choice(
         )
         log.info("  passed over: %s, %s: %s", printable(other.key), describe_object(other), why)
     if len(others) > 10:
-        log.info("  passed over: %d more, older still", len(others) - 10)
+        log.info("  passed over: %d more, older than these", len(others) - 10)
 
 
 def describe_object(remote: RemoteObject) -> str:
@@ -1906,16 +1907,13 @@ def read_copy(path: Path) -> "CachedCopy | None":
         return None
 
 
-def is_intact(copy: CachedCopy) -> bool:
-    """Tell whether the cached bytes are still the verified ones; say so when they are not."""
+def find_damage(copy: CachedCopy) -> str:
+    """Return what is wrong with cached bytes that were verified once; "" when they are the same."""
     try:
         sha256 = hash_file(copy.path, "sha256")
     except OSError as error:
-        log.warning("  The cached copy %s cannot be read: %s", copy.path, error)
-        return False
-    if sha256 != copy.sha256:
-        log.warning("  The cached copy %s is damaged (its SHA-256 changed)", copy.path)
-    return sha256 == copy.sha256
+        return f"cannot be read: {error.strerror}"
+    return "" if sha256 == copy.sha256 else "is damaged: its SHA-256 changed"
 
 
 def find_offline_copy(config: FineTuningConfig, host: "str | None") -> "CachedCopy | None":
@@ -1936,8 +1934,10 @@ def find_offline_copy(config: FineTuningConfig, host: "str | None") -> "CachedCo
             chosen = newest[choose_object([c.remote for c in newest.values()], config).key]
         except FineTuningError:  # the named object is not among them
             return None
-        if is_intact(chosen):
+        damage = find_damage(chosen)
+        if not damage:
             return chosen
+        log.warning("  The cached copy %s %s", chosen.path, damage)
         copies.remove(chosen)
     return None
 
@@ -1990,13 +1990,14 @@ def head_object(bucket: Bucket, key: str, known_etag: str = "") -> "RemoteObject
     absent = [name for name in ("ETag", "ContentLength", "LastModified") if name not in head]
     if absent:
         raise wrong_endpoint(bucket, f"no {absent[0]} of an object")
+    stored = head.get("Metadata", {}).get("sha256", "").lower()
     encrypted = head.get("ServerSideEncryption", "").startswith("aws:kms")
     return RemoteObject(
         key,
         head["ContentLength"],
         head["ETag"].strip('"'),
         head["LastModified"],
-        sha256=head.get("Metadata", {}).get("sha256", "").lower() or None,
+        sha256=stored if re.fullmatch("[0-9a-f]{64}", stored) else None,
         etag_is_md5=not encrypted and "SSECustomerAlgorithm" not in head,
     )
 
@@ -2099,9 +2100,9 @@ def disk_error(error: OSError, missing: int = 0) -> FineTuningError:
     """Translate a failed write into the cache."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return FineTuningError(
-            "The disk (or your quota) is full.",
-            hint=f"Free {human_bytes(missing + DISK_MARGIN_BYTES)} or choose another place with "
-            "--cache_dir FOLDER, then run the same command again: the download goes on from there.",
+            "The disk of the cache folder (or your quota) is full.",
+            hint=f"Free {human_bytes(missing + DISK_MARGIN_BYTES)} and run the same command again: "
+            "the download goes on where it stopped. Or take another disk with --cache_dir FOLDER.",
         )
     return FineTuningError(
         f"The cache folder cannot be written: {error}",
@@ -2159,8 +2160,9 @@ def guess_part_sizes(size: int, parts: int) -> "list[int]":
     least, most = -(-size // parts), (size - 1) // (parts - 1)
     usual = [n * 2**20 for n in (8, 5, 16, 10, 15, 25, 32, 50, 64, 100, 128, 256, 512, 1024)]
     guesses = [n for n in usual if least <= n <= most]
+    count = min(64, max(4, 2**36 // size))  # each guess reads the whole file
     for unit in (2**20, 10**6):
-        guesses += range(-(-least // unit) * unit, most + 1, unit)[:64]
+        guesses += range(-(-least // unit) * unit, most + 1, unit)[:count]
     return list(dict.fromkeys([*guesses, least, most]))
 
 
@@ -2261,11 +2263,7 @@ def publish(partial: Path, copy: CachedCopy) -> None:
         os.fsync(file.fileno())
     partial.replace(copy.path)
     draft.replace(info_path(copy.path))
-    folder = os.open(copy.path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    flush_to_disk(copy.path.parent)
 
 
 def download_object(bucket: Bucket, remote: RemoteObject, folder: Path) -> "CachedCopy | None":
@@ -2273,14 +2271,14 @@ def download_object(bucket: Bucket, remote: RemoteObject, folder: Path) -> "Cach
     path, begun = cache_path(folder, bucket, remote), time.monotonic()
     with entry_lock(path):
         copy = read_copy(path)
-        if copy and is_intact(copy):
+        if copy and not find_damage(copy):
             log.info("Another run has just fetched it: %s", path)
             return copy
         partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
         with partial.open("x+b", buffering=0) as file:
             try:
                 take_over_partials(path, partial, file, remote.size)
-                check_free_space(folder, remote.size - file.tell())
+                check_free_space(folder, remote.size - file.seek(0, os.SEEK_END))
                 verified = fill_and_verify(bucket, remote, partial, file)
                 if verified is None:
                     file.truncate(0)
@@ -2325,9 +2323,9 @@ def fill_and_verify(
         if verdict == "wrong":
             log.warning("  What arrived is not the object (%s differs); downloading anew", proof)
         else:
-            log.info("  The ETag is no hash of the content; downloading again to compare")
+            log.info("  The ETag proves nothing here (unusual upload?); downloading to compare")
     raise BucketError(
-        f"What {bucket.host} delivers for {printable(remote.key)!r} does not match its hash.",
+        f"What {bucket.host} delivers for {remote.key!r} does not match its hash.",
         "Something between here and the bucket changes the data, or the object is damaged: try "
         "another network, or upload it again.",
     )
@@ -2340,7 +2338,10 @@ def fetch_object(bucket: Bucket, chosen: RemoteObject, config: FineTuningConfig)
     source = f"{bucket.host}/{bucket.name}/{printable(chosen.key)}"
     for _ in range(R2_ATTEMPTS):
         copy = read_copy(cache_path(folder, bucket, chosen))
-        copy = copy if copy and is_intact(copy) else None
+        damage = find_damage(copy) if copy else ""
+        if copy and damage:
+            log.warning("  The cached copy %s %s; downloading it again", copy.path, damage)
+            copy = None
         try:
             current = head_object(bucket, chosen.key, copy.remote.etag if copy else "")
         except BucketError as error:
@@ -2360,7 +2361,7 @@ def fetch_object(bucket: Bucket, chosen: RemoteObject, config: FineTuningConfig)
             return use_copy(copy, source)
         log.info("  The object was replaced during the download; taking the new one")
     raise BucketError(
-        f"{printable(chosen.key)!r} was replaced at every attempt to download it.",
+        f"{chosen.key!r} was replaced at every attempt to download it.",
         "Wait until its upload is over, then run the same command again.",
     )
 
@@ -2368,15 +2369,15 @@ def fetch_object(bucket: Bucket, chosen: RemoteObject, config: FineTuningConfig)
 def log_older_versions(path: Path) -> None:
     """Say what earlier versions of this object occupy; a run to be resumed may need them."""
     *_, of_key, _ = path.name.rsplit("-", 2)
-    others = [
-        other.lstat().st_size
-        for other in path.parent.glob(f"*-{of_key}-*")
-        if not other.name.startswith(path.name)
-    ]
-    if sum(others):
+    size = 0
+    for other in path.parent.glob(f"*-{of_key}-*"):
+        if not other.name.startswith(path.name):
+            with contextlib.suppress(FileNotFoundError):  # another run may tidy up
+                size += other.lstat().st_size
+    if size:
         log.info(
             "  Older versions of this object take %s in %s; delete them when no run needs them.",
-            human_bytes(sum(others)),
+            human_bytes(size),
             path.parent,
         )
 
@@ -2434,7 +2435,7 @@ def list_candidates(bucket: Bucket, config: FineTuningConfig) -> "list[RemoteObj
         objects += [o for o in list_objects(bucket, name) if o.key == name]
     if not objects:
         page = send_patiently(bucket, bucket.client.list_objects_v2, MaxKeys=5)
-        there = ", ".join(repr(printable(o["Key"])) for o in page.get("Contents", []))
+        there = ", ".join(repr(o["Key"]) for o in page.get("Contents", []))
         raise FineTuningError(
             f"Bucket {bucket.name!r} has no object under the prefix {prefix!r}.",
             hint=f"It holds {there}, …: set --r2_data_prefix."

@@ -53,12 +53,12 @@ class Store:
 
     def __init__(self, bucket: Bucket, proxy: FaultProxy, cache: Path) -> None:
         self.bucket, self.proxy, self.cache = bucket, proxy, cache
-        self.bodies: dict[str, bytes] = {}
+        self.digests: set[str] = set()  # of all objects that were ever put
 
     def put(self, name: str, body: bytes = DATA, **arguments: Any) -> str:
         """Store an object under the prefix and return its ETag."""
         key = PREFIX + name
-        self.bodies[hashlib.sha256(body).hexdigest()] = body
+        self.digests.add(hashlib.sha256(body).hexdigest())
         answer = self.bucket.client.put_object(
             Bucket=self.bucket.name, Key=key, Body=body, **arguments
         )
@@ -80,7 +80,7 @@ class Store:
         ]
         client.complete_multipart_upload(**where, UploadId=upload, MultipartUpload={"Parts": done})
         body = b"".join(parts)
-        self.bodies[hashlib.sha256(body).hexdigest()] = body
+        self.digests.add(hashlib.sha256(body).hexdigest())
         return body
 
     def config(self, **settings: Any) -> FineTuningConfig:
@@ -155,8 +155,7 @@ def store(
     store = Store(bucket, proxy, tmp_path / "cache")
     yield store
     for path in store.published():
-        if "damaged" not in store.bodies:
-            assert hashlib.sha256(path.read_bytes()).hexdigest() in store.bodies, path
+        assert hashlib.sha256(path.read_bytes()).hexdigest() in store.digests, path
 
 
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +339,7 @@ def test_dataset_name_is_a_key_a_key_under_the_prefix_or_a_file_name(store: Stor
     store.put("b/one.json", b"[3]")
     store.put("alpaca.json", b"[4]")
     store.bucket.put("elsewhere/five.json", b"[5]")
-    store.bodies[hashlib.sha256(b"[5]").hexdigest()] = b"[5]"
+    store.digests.add(hashlib.sha256(b"[5]").hexdigest())
     for name, content in [
         (PREFIX + "a/one.json", b"[1]"),
         ("b/one.json", b"[3]"),
@@ -510,9 +509,8 @@ def test_a_request_that_fails_twice_is_repeated(
     store.proxy.on_head(status(503), status(503))
     store.proxy.on_object(fault, fault)
     assert store.fetch().path.read_bytes() == DATA
-    assert len(store.proxy.asked("listing")) == 3
-    assert len(store.proxy.asked("head")) == 3
-    assert len(store.proxy.asked("object")) == 3
+    for kind in ("listing", "head", "object"):
+        assert len(store.proxy.asked(kind)) >= 3, kind
 
 
 def test_four_failures_are_survived_and_five_are_not(store: Store) -> None:
@@ -589,9 +587,9 @@ def test_resets_in_the_middle_are_survived(store: Store) -> None:
 def test_a_slow_but_steady_download_is_left_alone(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    impatient(monkeypatch)
+    monkeypatch.setattr(program, "STALL_SECONDS", 1.0)
     store.put("alpaca.json")
-    store.proxy.on_object(drip(10_000, 0.06))  # longer than STALL_SECONDS as a whole
+    store.proxy.on_object(drip(6_000, 0.03))  # longer than that as a whole
     assert store.fetch().path.read_bytes() == DATA
     assert len(store.proxy.asked("object")) == 1
 
@@ -745,6 +743,13 @@ def test_without_a_usable_etag_two_downloads_must_agree(
     assert len(store.proxy.asked("object")) == 3
 
 
+def test_the_etag_of_an_encrypted_object_is_not_taken_for_an_md5(store: Store) -> None:
+    store.put("alpaca.json")
+    store.proxy.on_head(header(x_amz_server_side_encryption="aws:kms"))
+    assert store.fetch().path.read_bytes() == DATA
+    assert len(store.proxy.asked("object")) == 2  # the second one to compare with
+
+
 def test_without_a_usable_etag_a_stored_sha256_decides(store: Store) -> None:
     pieces = [random.Random(i).randbytes(5 * 1024 * 1024 + i) for i in (0, 9)] + [b"end"]
     sha256 = hashlib.sha256(b"".join(pieces)).hexdigest()
@@ -838,8 +843,8 @@ def test_without_the_bucket_the_newest_verified_copy_is_used_and_said_so(
     check = program.check_bucket(store.config())
     assert check.outcome == "warning" and "will be used" in check.detail
     newest.path.write_bytes(b"damaged")
-    store.bodies["damaged"] = b""
     assert store.fetch().path.read_bytes() == DATA
+    newest.path.unlink()
 
 
 def test_a_bucket_that_fails_after_the_listing_leaves_the_copy_it_named(store: Store) -> None:
