@@ -570,6 +570,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def program_command() -> str:
+    """Return how to start the program from the current folder."""
+    return shlex.join([Path(sys.executable).name, os.path.relpath(Path(__file__).resolve())])
+
+
 def human_bytes(count: float) -> str:
     """Return a byte count as people write it: 999 B, 1.5 MB, 2.20 GB (powers of ten)."""
     for unit, size, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
@@ -1068,7 +1073,7 @@ def check_disk(config: FineTuningConfig) -> Check:
         return Check(
             "disk",
             "failed",
-            f"only {', '.join(short)}; {config.min_disk_gb:g} GB are asked for",
+            f"free are only {', '.join(short)}; {config.min_disk_gb:g} GB are asked for",
             "Free some space, choose another place, or lower --min_disk_gb.",
         )
     return Check(
@@ -1206,19 +1211,21 @@ def run_preflight(config: FineTuningConfig) -> PreflightReport:
             check_r2(config),
             check_model(config),
         ]
+        model_is_there = checks[-1].outcome != "failed"
         device_check, device, dtype = check_device(config)
-        checks += [device_check, check_memory(config, device, dtype)]
+        checks.append(device_check)
+        if model_is_there:
+            checks.append(check_memory(config, device, dtype))
     for check in checks:
         mark = {"ok": "ok  ", "warning": "WARN", "failed": "FAIL"}[check.outcome]
         log.info("  %s  %-12s %s", mark, check.name, check.detail)
-        if check.outcome == "warning" and check.hint:
+        if check.outcome != "ok" and check.hint:
             log.info("        %-12s -> %s", "", check.hint)
     failed = [c for c in checks if c.outcome == "failed"]
     if failed:
         raise FineTuningError(
-            f"{len(failed)} of {len(checks)} checks failed:\n"
-            + "\n".join(f"  {c.name}: {c.detail}\n    -> {c.hint}" for c in failed),
-            hint="Put these right and start again; check alone: python unified_finetune.py check",
+            f"{len(failed)} of {len(checks)} checks failed: {', '.join(c.name for c in failed)}.",
+            hint=f"Put these right and start again (these checks alone: {program_command()} check).",
         )
     return PreflightReport(tuple(checks), device, dtype)
 
@@ -5175,11 +5182,6 @@ def save_results(result: TrainResult, data: PreparedData, config: FineTuningConf
     )
     log.info("  talk to it: %s chat --output_dir %s", program_command(), shlex.quote(str(output)))
     return RunArtifacts(output, metrics)
-
-
-def program_command() -> str:
-    """Return how to start the program from the current folder."""
-    return shlex.join([Path(sys.executable).name, os.path.relpath(Path(__file__).resolve())])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,184 @@
+"""All five stages through the real command line, on a real S3 server and on real data."""
+
+import json
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+
+import unified_finetune as finetune
+
+RUN = (
+    "--device", "cpu", "--max_seq_length", "512", "--learning_rate", "1e-3", "--warmup_steps", "2",
+    "--min_disk_gb", "0", "--num_train_epochs", "1", "--logging_steps", "5", "--yes",
+)  # fmt: skip
+FILES = {
+    "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "training_config.json", "training_metrics.json",
+    "quality_report.json", "README.md",
+}  # fmt: skip
+METRICS = {
+    "train_loss", "eval_loss", "eval_loss_before", "best_step", "total_steps", "train_runtime",
+    "train_samples_per_second", "train_tokens_per_second", "input_tokens", "supervised_tokens",
+    "peak_memory_gb", "device", "dtype", "trainable_params", "total_params", "trainable_percent",
+    "train_examples", "eval_examples", "truncated_examples", "dropped_examples",
+    "resumed_from_step", "data_sha256", "adapter_sha256",
+}  # fmt: skip
+
+
+def check_result(output: Path) -> dict:
+    """Check what every finished run leaves, and return its metrics."""
+    present = {p.name for p in output.iterdir()}
+    assert present >= FILES
+    assert not [name for name in present if "staging" in name]
+    metrics = json.loads((output / "training_metrics.json").read_text())
+    assert metrics.keys() >= METRICS
+    assert metrics["eval_loss"] < metrics["eval_loss_before"]
+    assert metrics["adapter_sha256"] == finetune.sha256_of(output / "adapter_model.safetensors")
+    mode = stat.S_IMODE((output / "adapter_model.safetensors").stat().st_mode)
+    assert mode == 0o644
+    quality = json.loads((output / "quality_report.json").read_text())
+    used = metrics["train_examples"] + metrics["eval_examples"] + metrics["dropped_examples"]
+    assert used == quality["total_examples"]
+    assert quality["valid_examples"] / quality["total_examples"] == pytest.approx(
+        quality["quality_score"]
+    )
+    tokenizer = json.loads((output / "tokenizer_config.json").read_text())
+    assert "<|assistant|>" in tokenizer["chat_template"]
+    return metrics
+
+
+def loaded_logits(output: Path) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Load the adapter as any user of peft would; return logits without and with it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base_name = json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base_name), output
+    ).eval()
+    ids = torch.tensor([[1, 300, 301, 302, 5, 9]])
+    with torch.inference_mode(), model.disable_adapter():
+        before = model(input_ids=ids).logits
+    with torch.inference_mode():
+        return before, model(input_ids=ids).logits
+
+
+def test_from_the_bucket_to_an_adapter_and_the_second_run_has_nothing_to_do(
+    run_cli, bucket, tiny_model, sample_data, tmp_path
+):
+    environment = bucket.environment()
+    bucket.put("multi_source/training_datasets/college_alpaca.json", sample_data.read_bytes())
+    arguments = (*RUN, "--model_name", tiny_model, "--output_dir", "out")
+    first = run_cli(*arguments, env=environment, cwd=tmp_path)
+    assert first.code == 0, first.stderr
+    assert first.stdout == "out\n"
+    for number, name in enumerate(("preflight", "download", "prepare", "train", "save"), 1):
+        assert f"[{number}/5] {name}" in first.stderr
+    check_result(tmp_path / "out")
+    before, after = loaded_logits(tmp_path / "out")
+    assert (before - after).abs().max() > 0.01
+    for text in (first.stderr, *(p.read_text() for p in (tmp_path / "logs").rglob("*.log"))):
+        assert environment["R2_SECRET_ACCESS_KEY"] not in text
+        assert "Traceback" not in text
+    second = run_cli(*arguments, env=environment, cwd=tmp_path)
+    assert (second.code, second.stdout) == (0, "out\n")
+    assert "Not modified" in second.stderr or "not modified" in second.stderr
+    assert "This run is finished" in second.stderr
+
+
+def test_training_config_repeats_the_run_byte_for_byte(run_cli, tiny_model, sample_data, tmp_path):
+    rows = json.loads(sample_data.read_text())[:60]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    first = run_cli(
+        *RUN,
+        "--model_name",
+        tiny_model,
+        "--data_path",
+        "rows.json",
+        "--output_dir",
+        "a",
+        cwd=tmp_path,
+    )
+    assert first.code == 0, first.stderr
+    shutil.copy(tmp_path / "a/training_config.json", tmp_path / "again.json")
+    second = run_cli("--config", "again.json", "--output_dir", "b", "--yes", cwd=tmp_path)
+    assert second.code == 0, second.stderr
+    one, two = (finetune.sha256_of(tmp_path / d / "adapter_model.safetensors") for d in "ab")
+    assert one == two
+
+
+@pytest.mark.parametrize("name", ["alpaca_clean_sample.jsonl", "short_answers_7888.json"])
+def test_real_data_lowers_the_loss_of_a_real_model(run_cli, assets, tmp_path, name):
+    model = assets / "models/stories260K-llama-hf"
+    epochs = "1" if name.endswith("jsonl") else "0.1"
+    result = run_cli(
+        *RUN, "--model_name", model, "--data_path", assets / "data" / name, "--output_dir", "out",
+        "--num_train_epochs", epochs, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.code == 0, result.stderr
+    metrics = check_result(tmp_path / "out")
+    assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.5
+    before, after = loaded_logits(tmp_path / "out")
+    assert (before - after).abs().max() > 0.01
+
+
+BAD_INPUT = {
+    "empty file": (lambda p: p.write_text(""), "empty"),
+    "truncated JSON": (lambda p: p.write_text('[{"instruction": "a", "outp'), "line 1"),
+    "wrong keys": (lambda p: p.write_text('[{"heading": "a", "body": "b"}]' ), "heading"),
+    "binary junk": (lambda p: p.write_bytes(bytes(range(256)) * 40), "not"),
+    "only empty outputs": (
+        lambda p: p.write_text(json.dumps([{"instruction": f"q{i}", "output": ""} for i in range(20)])),
+        "None of the 20 rows is usable",
+    ),
+    "numbers for text": (
+        lambda p: p.write_text(json.dumps([{"instruction": i, "output": i} for i in range(20)])),
+        "None of the 20 rows is usable",
+    ),
+    "a folder": (lambda p: p.mkdir(), "folder"),
+    "no such file": (lambda p: None, "no file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_ends_with_its_own_message(run_cli, tiny_model, tmp_path, case):
+    make, words = BAD_INPUT[case]
+    make(tmp_path / "rows.json")
+    result = run_cli(
+        *[a for a in RUN if a != "--yes"],
+        "--model_name",
+        tiny_model,
+        "--data_path",
+        "rows.json",
+        cwd=tmp_path,
+    )
+    assert result.code in (11, 12, 13), result.stderr
+    assert "Traceback" not in result.stderr
+    assert words in result.stderr
+    assert "->" in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_row_of_a_megabyte_is_left_out_and_named(run_cli, tiny_model, sample_data, tmp_path):
+    rows = json.loads(sample_data.read_text())[:40]
+    rows[7]["output"] = "word " * 200_000
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    result = run_cli(
+        "data", *RUN, "--model_name", tiny_model, "--data_path", "rows.json", cwd=tmp_path
+    )
+    assert result.code == 0, result.stderr
+    report = json.loads((tmp_path / "collegeadvisor_unified_model/quality_report.json").read_text())
+    assert [entry["row"] for entry in report["dropped"] if entry["row"] == 7] == [7]
+
+
+def test_everything_wrong_is_told_at_once(run_cli, tmp_path):
+    result = run_cli(
+        "check", "--model_name", "./nothing-here", "--min_disk_gb", "1e9", cwd=tmp_path
+    )
+    assert result.code == 11
+    for words in ("R2_ACCESS_KEY_ID", "R2_SECRET_ACCESS_KEY", "nothing-here", "free"):
+        assert words in result.stderr
+    assert "Traceback" not in result.stderr
