@@ -40,6 +40,7 @@ import errno
 import faulthandler
 import functools
 import hashlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -63,8 +64,9 @@ import time
 import typing
 import unicodedata
 import urllib.parse
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from array import array
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -75,6 +77,8 @@ if TYPE_CHECKING:
     import torch
     from accelerate.data_loader import SeedableRandomSampler
     from botocore.exceptions import ClientError
+    from datasets.arrow_writer import ArrowWriter
+    from numpy.typing import NDArray
     from peft import PeftModel
     from peft.tuners import lora
     from tqdm import tqdm
@@ -86,6 +90,9 @@ if TYPE_CHECKING:
     )
     from transformers.generation.streamers import BaseStreamer
     from trl import SFTConfig, SFTTrainer
+
+    IntArray = NDArray[Any]
+    FloatArray = NDArray[Any]
 
 __version__ = "1.0.0"
 
@@ -146,6 +153,7 @@ class FineTuningConfig:
     train_split: float = option(0.9, "share of the valid rows to train on", above=0, below=1)
     eval_split: float = option(0.1, "share of the valid rows to evaluate on", above=0, below=1)
     overlong: Literal["drop", "truncate"] = option("drop", "what happens to rows of more than max_seq_length tokens")
+    plausibility_rules: "str | None" = option(None, "JSON file with rules for doubtful numbers, instead of the built-in ones")
     min_data_quality_score: float = option(0.85, "least share of valid rows to go on without asking", at_least=0, at_most=1)
     system_prompt: "str | None" = option(None, "system message put before every example and every chat")
     r2_bucket_name: str = option("collegeadvisor-finetuning-data", "bucket in Cloudflare R2 (environment: R2_BUCKET_NAME)")
@@ -642,6 +650,15 @@ class QualityReport:
     avg_instruction_length: float
     avg_output_length: float
     checks: "dict[str, int]"
+    check_details: "dict[str, dict[str, Any]]"  # by check: count, action, meaning, rows, examples
+    mean_score: float
+    score_histogram: "tuple[int, ...]"  # rows with a score of 0.0-0.1, ..., 0.9-1.0
+    worst_rows: "tuple[dict[str, Any], ...]"
+    answer_tokens: int
+    lost_answer_tokens: int  # by rows over max_seq_length
+    longest_example: int  # tokens, before any is dropped or truncated
+    dropped_examples: int
+    truncated_examples: int
     rejected: "tuple[dict[str, Any], ...]"  # unusable: row (from 0), line, reason, detail
     dropped: "tuple[dict[str, Any], ...]"  # usable, but left out
     truncated: "tuple[dict[str, Any], ...]"
@@ -2547,6 +2564,7 @@ class SourceRow(NamedTuple):
     row: int
     line: "int | None"
     value: object
+    bytes_read: int  # of the file, so far
 
 
 def check_is_text(path: Path, head: bytes) -> None:
@@ -2643,7 +2661,7 @@ def read_json_lines(stream: BinaryIO, path: Path) -> Iterator[SourceRow]:
                 broken.append(f"line {number}, column {position + 1}: {what}")
             continue
         if not count:  # after a broken line, the rest is only counted
-            yield SourceRow(index, number, value)
+            yield SourceRow(index, number, value, offset)
         index += 1
     if count:
         raise FineTuningError(
@@ -2736,7 +2754,7 @@ def read_json_array(stream: BinaryIO, path: Path) -> Iterator[SourceRow]:
         while True:
             window.next_char()
             line, _ = window.place(window.position)
-            yield SourceRow(index, line, window.next_value())
+            yield SourceRow(index, line, window.next_value(), window.offset)
             index += 1
             char = window.next_char()
             if char == "]":
@@ -2771,7 +2789,7 @@ def read_json_document(stream: BinaryIO, path: Path) -> Iterator[SourceRow]:
         column = position - text.rfind("\n", 0, position)
         raise syntax_error(path, what, line, column) from error
     for index, value in enumerate(rows_of_document(content, path)):
-        yield SourceRow(index, None, value)
+        yield SourceRow(index, None, value, len(raw))
 
 
 def rows_of_document(content: "dict[str, object]", path: Path) -> "list[object]":
@@ -2882,6 +2900,56 @@ def not_json_error(path: Path, text: bytes) -> FineTuningError:
     )
 
 
+# --- the checks by name
+
+
+class CheckKind(NamedTuple):
+    """Say what is done about the rows that a check finds, what it costs their score, and why."""
+
+    action: Literal["drop", "repair", "warn"]
+    penalty: float
+    meaning: str
+
+
+CHECKS = {
+    # unusable rows: they lower the quality score of the set
+    "not_an_object": CheckKind("drop", 1, "the row is no JSON object"),
+    "unknown_shape": CheckKind("drop", 1, "the row has none of the known keys"),
+    "not_text": CheckKind("drop", 1, "a number, a list or the like stands where text belongs"),
+    "bad_turn": CheckKind("drop", 1, "a turn of the conversation has no known role or no text"),
+    "no_answer": CheckKind("drop", 1, "the conversation does not end with the assistant"),
+    "empty_instruction": CheckKind("drop", 1, "there is no question"),
+    "empty_output": CheckKind("drop", 1, "there is no answer"),
+    "placeholder_answer": CheckKind("drop", 1, "a placeholder stands where an answer belongs"),
+    "ai_boilerplate": CheckKind("drop", 1, "another model speaks about itself in the answer"),
+    "answer_repeats_question": CheckKind(
+        "drop", 1, "the answer only repeats the question or input"
+    ),
+    "broken_encoding": CheckKind("drop", 1, "characters were lost for good (U+FFFD, surrogates)"),
+    "special_tokens": CheckKind("drop", 1, "tokens of the chat format stand inside the text"),
+    # usable rows that are left out
+    "exact_duplicate": CheckKind("drop", 0.5, "the same row stands earlier in the file"),
+    "over_length": CheckKind("drop", 0.5, "the row is longer than max_seq_length"),
+    # rows that are trained on after a repair
+    "placeholder_input": CheckKind("repair", 0.1, "an input such as N/A is taken as no input"),
+    "mojibake": CheckKind("repair", 0.1, "text that was decoded wrongly, such as Ã© for é"),
+    "control_characters": CheckKind("repair", 0.1, "control or escape characters are removed"),
+    "zero_width_characters": CheckKind("repair", 0.1, "invisible characters are removed"),
+    # rows to look at; they are trained on as they are
+    "garbled_text": CheckKind("warn", 0.3, "looks decoded wrongly, but cannot be repaired"),
+    "cut_off_answer": CheckKind("warn", 0.5, "the answer ends in the middle of a sentence"),
+    "unbalanced_code_fence": CheckKind("warn", 0.3, "a code block (```) is opened and not closed"),
+    "near_duplicate": CheckKind("warn", 0.3, "nearly the same row stands earlier in the file"),
+    "contradiction": CheckKind("warn", 0.5, "the same question has another answer earlier"),
+    "language_outlier": CheckKind("warn", 0.5, "not in the language of the other rows"),
+    "length_outlier": CheckKind("warn", 0.2, "many times as long as the other rows"),
+    "implausible_value": CheckKind("warn", 0.5, "a number that a plausibility rule doubts"),
+    "merged_tokens": CheckKind("warn", 0, "the answer's first token joins the prompt's last"),
+}
+CHECK_BITS = {name: 1 << number for number, name in enumerate(CHECKS)}
+Notes = list[tuple[str, str]]  # checks that a row has met, each with what was found
+
+
 # --- from the shapes that people have to one question and one answer
 
 TURN_KEYS = ("messages", "conversations", "conversation")
@@ -2918,6 +2986,7 @@ class Conversation:
     line: "int | None"
     messages: "list[dict[str, str]]"
     answer: str
+    notes: Notes
 
     @property
     def question(self) -> str:
@@ -2934,43 +3003,80 @@ def name_type(value: object) -> str:
     return {dict: "an object", list: "a list", type(None): "null"}.get(type(value), "no text")
 
 
-def take_text(value: object, name: str) -> str:
-    """Return a field as text with plain line ends and nothing around it; reject anything else."""
+# Escape sequences and control characters (not tab and newline), and characters that only hide:
+# zero-width space, word joiner, byte order mark and soft hyphen; zero-width (non-)joiners only
+# between Latin letters, since other scripts and emoji need them.
+CONTROL_CHARACTERS = re.compile("\x1b\\[[0-9;]*[A-Za-z]|[\0-\x08\x0b-\x1f\x7f-\x84\x86-\x9f]")
+ZERO_WIDTH = re.compile("[\u200b\u2060\ufeff\u00ad]|(?<=[A-Za-z])[\u200c\u200d](?=[A-Za-z])")
+LOST_CHARACTERS = re.compile("[\ud800-\udfff\ufffd]")
+LINE_ENDS = re.compile("\r\n?|[\u0085\u2028\u2029]")
+
+
+def repair_text(text: str, name: str, notes: Notes) -> str:
+    """Return text without wrong decoding and characters that nobody sees; note what was done."""
+    for check, pattern in (
+        ("control_characters", CONTROL_CHARACTERS),
+        ("zero_width_characters", ZERO_WIDTH),
+    ):
+        found = pattern.search(text)
+        if found:
+            text, count = pattern.subn("", text)
+            code = ", ".join(f"U+{ord(c):04X}" for c in found.group())
+            notes.append((check, f"{name}: {count} removed ({code})"))
+    if text.isascii():
+        return text
+    from ftfy import fix_encoding
+    from ftfy.badness import is_bad
+
+    if is_bad(text):
+        repaired = fix_encoding(text)
+        if repaired == text:
+            notes.append(("garbled_text", f"{name}: {shorten(text, 60)}"))
+        else:
+            notes.append(("mojibake", f"{name}: {shorten(text, 40)} -> {shorten(repaired, 40)}"))
+        return repaired
+    return text
+
+
+def take_text(value: object, name: str, notes: Notes) -> str:
+    """Return a field as text, repaired and with nothing around it; reject anything else."""
     if not isinstance(value, str):
         raise RowRejectedError(("not_text", f"{name} is {name_type(value)}, not text"))
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RowRejectedError(
-            ("broken_encoding", f"{name} holds half of a character (a lone surrogate)")
-        ) from error
-    if "\r" in value:
-        value = value.replace("\r\n", "\n").replace("\r", "\n")
+    if not value.isascii() or CONTROL_CHARACTERS.search(value):
+        lost = LOST_CHARACTERS.search(value)
+        if lost:
+            raise RowRejectedError(
+                ("broken_encoding", f"{name} holds U+{ord(lost.group()):04X} for a lost character")
+            )
+        value = repair_text(LINE_ENDS.sub("\n", value), name, notes)
     text = value.strip()
     if "\n" in text and value.lstrip("\n").startswith(("  ", "\t")):  # code may start indented
         return value.lstrip("\n").rstrip()
     return text
 
 
-def read_turns(turns: object, name: str) -> "list[dict[str, str]]":
-    """Return a list of turns ({"role", "content"} or {"from", "value"}) as messages."""
+def read_turn(turn: object, number: int, notes: Notes) -> "dict[str, str]":
+    """Return one turn ({"role", "content"} or {"from", "value"}) as a message."""
+    if not isinstance(turn, dict):
+        raise RowRejectedError(("bad_turn", f"turn {number} is {name_type(turn)}"))
+    said = turn.get("role", turn.get("from"))
+    role = ROLES.get(said.lower()) if isinstance(said, str) else None
+    if role is None:
+        shown = shorten(said, 30) if isinstance(said, str) else name_type(said)
+        raise RowRejectedError(("bad_turn", f"turn {number} has the role {shown!r}"))
+    content = turn.get("content", turn.get("value", turn.get("text")))
+    if isinstance(content, list):  # OpenAI's parts: texts can be joined, pictures cannot
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        if all(isinstance(part, str) for part in parts):
+            content = "".join(str(part) for part in parts)
+    return {"role": role, "content": take_text(content, f"turn {number}", notes)}
+
+
+def read_turns(turns: object, name: str, notes: Notes) -> "list[dict[str, str]]":
+    """Return a list of turns as messages."""
     if not isinstance(turns, list):
         raise RowRejectedError(("not_text", f"{name} is {name_type(turns)}, not a list of turns"))
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict):
-            raise RowRejectedError(("bad_turn", f"turn {number} is {name_type(turn)}"))
-        said = turn.get("role", turn.get("from"))
-        role = ROLES.get(said.lower()) if isinstance(said, str) else None
-        if role is None:
-            shown = shorten(said, 30) if isinstance(said, str) else name_type(said)
-            raise RowRejectedError(("bad_turn", f"turn {number} has the role {shown!r}"))
-        content = turn.get("content", turn.get("value", turn.get("text")))
-        if isinstance(content, list):  # OpenAI's parts: text can be joined, pictures cannot
-            parts = [p.get("text") if isinstance(p, dict) else p for p in content]
-            content = "".join(p for p in parts if isinstance(p, str)) if all(parts) else content
-        messages.append({"role": role, "content": take_text(content, f"turn {number}")})
-    return messages
+    return [read_turn(turn, number, notes) for number, turn in enumerate(turns, 1)]
 
 
 def split_turns(messages: "list[dict[str, str]]") -> "tuple[list[dict[str, str]], str]":
@@ -2997,67 +3103,323 @@ def split_turns(messages: "list[dict[str, str]]") -> "tuple[list[dict[str, str]]
     return messages[:-1], messages[-1]["content"]
 
 
-def read_fields(row: "dict[str, object]") -> "tuple[list[dict[str, str]], str]":
+PLACEHOLDER_INPUT = re.compile(
+    r"\W*(?:no\s?input|none|n\s?/\s?a|null|nan|nil|not applicable)\W*", re.IGNORECASE
+)
+
+
+def read_fields(row: "dict[str, object]", notes: Notes) -> "tuple[list[dict[str, str]], str]":
     """Return question and answer of a row with named fields, such as Alpaca's."""
     question_key = next((k for k in QUESTION_KEYS if k in row), None)
     answer_key = next((k for k in ANSWER_KEYS if k in row), None)
     input_key = next((k for k in INPUT_KEYS if row.get(k) is not None), None)
-    problems: list[tuple[str, str]] = []
-    texts = {}
-    for part, key in (("instruction", question_key), ("output", answer_key)):
-        if key is None or row[key] is None:
-            problems.append((f"empty_{part}", f"{key} is null" if key else f"no {part}"))
-            continue
-        try:
-            texts[part] = take_text(row[key], key)
-            if not texts[part]:
-                problems.append((f"empty_{part}", f"{key} is empty"))
-        except RowRejectedError as error:
-            problems += error.problems
-    extra = ""
-    try:
-        extra = take_text(row[input_key], input_key) if input_key else ""
-    except RowRejectedError as error:
-        problems += error.problems
+    problems: Notes = []
+    texts = {"instruction": "", "input": "", "output": ""}
+    for part, key in (("instruction", question_key), ("input", input_key), ("output", answer_key)):
+        if key is not None and row[key] is not None:
+            try:
+                texts[part] = take_text(row[key], key, notes)
+            except RowRejectedError as error:
+                problems += error.problems
+                continue
+        if not texts[part] and part != "input":
+            what = "null" if key is not None and row[key] is None else "empty"
+            problems.append((f"empty_{part}", f"{key} is {what}" if key else f"no {part}"))
     if problems:
         raise RowRejectedError(*problems)
-    question = texts["instruction"] + ("\n\n" + extra if extra else "")
+    if PLACEHOLDER_INPUT.fullmatch(texts["input"]):
+        notes.append(("placeholder_input", f"{input_key}: {shorten(texts['input'], 40)}"))
+        texts["input"] = ""
+    question = "\n\n".join(t for t in (texts["instruction"], texts["input"]) if t)
     return [{"role": "user", "content": question}], texts["output"]
 
 
-def read_prompt_turns(row: "dict[str, object]") -> "list[dict[str, str]] | None":
+def read_prompt_turns(row: "dict[str, object]", notes: Notes) -> "list[dict[str, str]] | None":
     """Return the turns of a prompt/completion row whose fields are lists of messages, else None."""
     prompt = row.get("prompt")
     if not isinstance(prompt, list):
         return None
     key = next((k for k in ANSWER_KEYS if k in row), "completion")
     answer = row.get(key)
-    messages = read_turns(prompt, "prompt")
+    messages = read_turns(prompt, "prompt", notes)
     if isinstance(answer, list):
-        return messages + read_turns(answer, key)
-    return [*messages, {"role": "assistant", "content": take_text(answer, key)}]
+        return messages + read_turns(answer, key, notes)
+    return [*messages, {"role": "assistant", "content": take_text(answer, key, notes)}]
 
 
 def read_conversation(source: SourceRow, system_prompt: "str | None") -> Conversation:
     """Return the conversation in a row of any known shape; raise RowRejectedError otherwise."""
     row = source.value
+    notes: Notes = []
     if not isinstance(row, dict):
         raise RowRejectedError(("not_an_object", f"the row is {name_type(row)}, not an object"))
     turn_key = next((k for k in TURN_KEYS if k in row), None)
-    turns = read_turns(row[turn_key], turn_key) if turn_key else read_prompt_turns(row)
+    if turn_key:
+        turns: list[dict[str, str]] | None = read_turns(row[turn_key], turn_key, notes)
+    else:
+        turns = read_prompt_turns(row, notes)
     if turns is not None:
         messages, answer = split_turns(turns)
     elif any(k in row for k in QUESTION_KEYS + ANSWER_KEYS):
-        messages, answer = read_fields(row)
+        messages, answer = read_fields(row, notes)
     else:
         keys = shorten(", ".join(map(str, row))) or "none"
         raise RowRejectedError(("unknown_shape", f"none of the known keys (it has: {keys})"))
     own = next((row[k] for k in SYSTEM_KEYS if row.get(k) is not None), system_prompt)
     if own is not None and messages[0]["role"] != "system":
-        text = take_text(own, "system")
+        text = take_text(own, "system", notes)
         if text:
             messages = [{"role": "system", "content": text}, *messages]
-    return Conversation(source.row, source.line, messages, answer)
+    return Conversation(source.row, source.line, messages, answer, notes)
+
+
+# --- what is wrong inside the texts
+
+PLACEHOLDER_ANSWER = re.compile(
+    r"\W*(?:<?no\s?(?:output|answer|response)>?|n\s?/\s?a|null|nan|tb[dc]|(?-i:TODO)|placeholder"
+    r"|\[.{0,20}(?:answer|response|output).{0,20}\]|lorem ipsum\b.*)\W*|[.…_-]{3,}|…",
+    re.IGNORECASE | re.DOTALL,
+)
+# Left over where a value was missing ("tuition is $nan"), or a field of a data set was not filled.
+PLACEHOLDER_INSIDE = re.compile(
+    r"<\s?no\s?(?:input|output)\s?>|[$€£]\s?(?:nan|NaN|None|null)\b|\b(?:nan|NaN|None|null)\s?(?:%|percent\b)"
+)
+AI_BOILERPLATE = re.compile(
+    r"\b(?:as|being) an? (?:(?:ai|artificial intelligence)(?: language)? (?:model|assistant"
+    r"|chatbot)|(?:large )?language model)\b|\bas an ai,",
+    re.IGNORECASE,
+)
+
+
+def special_marks(tokenizer: "PreTrainedTokenizerFast") -> "re.Pattern[str]":
+    """Return a pattern of the tokens and tags that the chat format itself is made of."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    marks = set(tokenizer.all_special_tokens)
+    for messages in (turns, [{"role": "system", "content": "c"}, *turns]):
+        with contextlib.suppress(FineTuningError):  # some templates take no system message
+            text = render_chat(tokenizer, messages, add_generation_prompt=True)
+            marks.update(re.findall(r"<<[^<>\s]+>>|<[^<>\s]+>|\[/?[A-Z_]+\]", text))
+    return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))))
+
+
+def find_words(text: str) -> "list[str]":
+    """Return the words of a text, without case and punctuation."""
+    text = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    return re.findall(r"\w+", text.casefold())
+
+
+def same_words(text: str, other: str) -> bool:
+    """Tell whether two texts of at least two words differ in nothing but case and punctuation."""
+    if not 0.8 < len(text) / max(1, len(other)) < 1.25:
+        return False
+    words = find_words(text)
+    return text == other or (len(words) > 1 and words == find_words(other))
+
+
+def check_texts(conversation: Conversation, marks: "re.Pattern[str]") -> None:
+    """Raise RowRejectedError where a text cannot be trained on, whatever the other rows are."""
+    answer = conversation.answer
+    for number, message in enumerate([*conversation.messages, {"content": answer}], 1):
+        found = marks.search(message["content"])
+        if found:
+            where = "the answer" if number > len(conversation.messages) else f"turn {number}"
+            raise RowRejectedError(("special_tokens", f"{where} holds {found.group()!r}"))
+    if PLACEHOLDER_ANSWER.fullmatch(answer):
+        raise RowRejectedError(("placeholder_answer", f"the answer is {shorten(answer, 40)!r}"))
+    inside = PLACEHOLDER_INSIDE.search(answer) or PLACEHOLDER_INSIDE.search(conversation.question)
+    if inside:
+        raise RowRejectedError(("placeholder_answer", f"the row holds {inside.group()!r}"))
+    boilerplate = AI_BOILERPLATE.search(answer, 0, 300)
+    if boilerplate:
+        raise RowRejectedError(("ai_boilerplate", f"the answer says {boilerplate.group()!r}"))
+    question = conversation.messages[-1]["content"]
+    asked, _, given = question.partition("\n\n")
+    # Editing tasks may return their input with other punctuation: those are answers.
+    if answer == given or same_words(answer, question) or same_words(answer, asked):
+        raise RowRejectedError(("answer_repeats_question", f"{shorten(answer, 60)!r}"))
+
+
+# A last line of prose that breaks off. Lists, titles, code, quotations with their author, links and
+# hashtags end without a full stop too, and are no fault.
+OPEN_END = re.compile(
+    r"[,(\[]$|\b(?:the|an?|of|and|or|to|with|in|is|are|was|were|for|that|by|as|at|from|which|but"
+    r"|because|its|their|this|be|has|have|your|his|her|can|will|would|should|into|than|if|when"
+    r"|while|such)$"
+)
+NOT_PROSE = re.compile(r"[#/=<>{}|@_\\;]|(?:^|\s)[-–—]|www\.|\d\. |\bdef\b|\breturn\b|\(\)")
+LIST_ITEM = re.compile(r"(?:[-*•–>|#]|\(?\w{1,3}[.):]\s|[A-Z][\w ]{0,30}:)")
+SENTENCE_END = re.compile(r"(?<=[a-z)\"'’”][.!?])[\"')\]”’]?\s+")
+
+
+def breaks_off(answer: str) -> bool:
+    """Tell whether an answer ends in the middle of a sentence."""
+    if not answer[-1].isalnum() and answer[-1] not in ",([":
+        return False
+    lines = [line.strip() for line in answer.split("\n") if line.strip()]
+    last = lines[-1]
+    sentence = SENTENCE_END.split(last)[-1]
+    words = sentence.split()
+    if len(answer.split()) < 5 or "```" in answer or not words or NOT_PROSE.search(sentence):
+        return False
+    if len(words) > 2 and sum(w[0].islower() for w in words) * 2 < len(words):  # a title, names
+        return False
+    if OPEN_END.search(answer):
+        return len(words) > 3
+    if sentence != last:  # finished sentences stand before it
+        return not LIST_ITEM.match(last)
+    if len(lines) > 2 and all(line[-1] in ".!?" for line in lines[:-1]):
+        return True
+    return len(lines) == 1 and len(words) >= 12 and not LIST_ITEM.match(last)
+
+
+class PlausibilityRule(NamedTuple):
+    """Doubt numbers in sentences about a subject: those above `above` and below `below`."""
+
+    name: str
+    subject: "re.Pattern[str]"
+    unless: "re.Pattern[str] | None"
+    number: "re.Pattern[str]"
+    above: float
+    below: float
+    meaning: str
+
+
+# What --plausibility_rules FILE replaces; the file holds a list of such objects.
+PLAUSIBILITY_RULES: "list[dict[str, object]]" = [
+    {
+        "name": "rate_below_one_percent",
+        "subject": r"\b(?:admissions?|admit|acceptance|graduation)[\w\s-]{0,20}"
+        r"(?:rates?|share|percentage)\b|\b(?:rate|share|percentage|percent|%|proportion) of "
+        r"[^.]{0,40}\b(?:admi|accept|applica|graduat)"
+        r"|\b(?:admit|accept|graduate)(?:s|ted|ed|d)?\b[^.]{0,40}(?:%|percent) of\b",
+        "unless": r"\b(?:rose|fell|grew|increas|decreas|declin|drop|chang|differ|fee|interest|loan)"
+        r"|points?\b",
+        "after": r"\s?(?:%|percent\b|per cent\b)",
+        "above": 0,
+        "below": 1,
+        "meaning": "probably 100 times too small",
+    },
+    {
+        "name": "rate_below_one_percent_as_fraction",
+        "subject": r"\b(?:admissions?|admit|acceptance|graduation)\s(?:rate|share|percentage)\b",
+        "after": r"(?![\d.,]*\s?(?:%|percent|per cent|points?))",
+        "above": 0,
+        "below": 0.01,
+        "meaning": "probably 100 times too small",
+    },
+]
+
+
+def load_plausibility_rules(path: "str | None") -> "list[PlausibilityRule]":
+    """Compile the built-in rules, or those of a JSON file; refuse a wrong one."""
+    entries: object = PLAUSIBILITY_RULES
+    if path:
+        try:
+            entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise FineTuningError(
+                f"The plausibility rules {path} cannot be read: {first_line(error)}",
+                hint="The file must hold a JSON list of rules; the README shows one.",
+            ) from error
+    if not isinstance(entries, list):
+        raise FineTuningError(f"The plausibility rules {path} must be a JSON list.")
+    return [compile_rule(entry, f"{path}, rule {i}") for i, entry in enumerate(entries, 1)]
+
+
+def compile_rule(entry: object, where: str) -> PlausibilityRule:
+    """Compile one rule; raise FineTuningError naming what is wrong with it."""
+    texts = {"name": "", "subject": "", "unless": "", "before": "", "after": "", "meaning": ""}
+    bounds = {"above": -math.inf, "below": math.inf}
+    if not isinstance(entry, dict):
+        raise FineTuningError(f"{where} must be an object.")
+    for key, value in entry.items():
+        if key in texts and isinstance(value, str):
+            texts[key] = value
+        elif key in bounds and isinstance(value, (int, float)) and not isinstance(value, bool):
+            bounds[key] = value
+        else:
+            raise FineTuningError(
+                f"{where}: {key!r} is not a known key with a fitting value.",
+                hint="Texts: {}. Numbers: {}.".format(", ".join(texts), ", ".join(bounds)),
+            )
+    if not texts["name"] or not texts["subject"]:
+        raise FineTuningError(f"{where}: it needs a name and a subject.")
+    number = r"(?<![\d.,])(\d[\d,]*(?:\.\d+)?|\.\d+)"
+    try:
+        return PlausibilityRule(
+            texts["name"],
+            re.compile(texts["subject"], re.IGNORECASE),
+            re.compile(texts["unless"], re.IGNORECASE) if texts["unless"] else None,
+            re.compile(texts["before"] + number + texts["after"], re.IGNORECASE),
+            bounds["above"],
+            bounds["below"],
+            texts["meaning"] or "implausible",
+        )
+    except re.error as error:
+        raise FineTuningError(f"{where}: not a regular expression: {error}") from error
+
+
+def find_implausible(text: str, rules: "Sequence[PlausibilityRule]") -> "str | None":
+    """Return the first doubtful number of a text with its rule and sentence, or None."""
+    if not re.search(r"\d", text):
+        return None
+    for rule in rules:
+        if not rule.subject.search(text) or not rule.number.search(text):
+            continue
+        for sentence in re.split(r"(?<=[.!?])\s+|\n", text):
+            if not rule.subject.search(sentence) or (rule.unless and rule.unless.search(sentence)):
+                continue
+            for match in rule.number.finditer(sentence):
+                if rule.above < float(match.group(1).replace(",", "")) < rule.below:
+                    return f"{rule.name}: {shorten(sentence, 90)} ({rule.meaning})"
+    return None
+
+
+# Words that stand in nearly every sentence of a language and seldom in another.
+LANGUAGES = {
+    "English": "the of and to is that it with for are was this be as you have from they which",
+    "Spanish": "el los las una del que por con para es está como más pero sus muy también y",
+    "French": "les des une est dans pour que qui sur avec pas sont ce cette aux du et nous vous",
+    "German": "der die das und ist nicht ein eine den dem mit für auf von zu sich auch wird sind",
+    "Italian": "il lo gli della che per una sono con di è nel anche più come questo alla dei",
+    "Portuguese": "os uma do da em para com não que mais como dos são ao pela seu sua você e",
+    "Dutch": "het een van en niet dat zijn voor met ook maar wordt deze aan bij naar door",
+}
+LANGUAGE_WORDS = [frozenset(words.split()) for words in LANGUAGES.values()]
+SCRIPTS = {
+    "Chinese or Japanese": "\u3040-\u30ff\u3400-\u9fff",
+    "Korean": "\uac00-\ud7af",
+    "Cyrillic": "\u0400-\u04ff",
+    "Arabic": "\u0600-\u06ff",
+    "Hebrew": "\u0590-\u05ff",
+    "Greek": "\u0370-\u03ff",
+    "Indic": "\u0900-\u0dff",
+    "Thai": "\u0e00-\u0e7f",
+}
+SCRIPT_LETTERS = {name: re.compile(f"[{letters}]") for name, letters in SCRIPTS.items()}
+LANGUAGE_NAMES = ["unknown", *LANGUAGES, *SCRIPTS]
+# A question that itself speaks of languages may well be answered in another one.
+ABOUT_LANGUAGE = frozenset(  # as word stems
+    re.findall(
+        r"\w+",
+        "transl langua biling foreig spanis french german italia portug dutch latin chines mandar "
+        "japane korean russia ukrain arabic hebrew greek hindi thai turkis polish swedis",
+    )
+)
+
+
+def detect_language(text: str, words: "set[str]") -> int:
+    """Return the place in LANGUAGE_NAMES of a text's language, 0 where it is not clear."""
+    if not text.isascii():
+        for name, letters in SCRIPT_LETTERS.items():
+            if len(letters.findall(text)) * 3 > len(text):
+                return LANGUAGE_NAMES.index(name)
+    if len(words) < 6:
+        return 0
+    hits = [len(words & common) for common in LANGUAGE_WORDS]
+    best = max(hits)
+    clear = best >= 3 and best * 8 >= len(words) and sorted(hits)[-2] * 2 <= best
+    return hits.index(best) + 1 if clear else 0
 
 
 # --- tokens: rendered and tokenized exactly as they will be served
@@ -3095,6 +3457,13 @@ def load_tokenizer(model_name: str) -> "PreTrainedTokenizerFast":
             hint="Check model_name: a Hugging Face id, or a folder with config.json, "
             "model.safetensors and tokenizer.json.",
         ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise FineTuningError(
+            f"The tokenizer of {model_name} exists in Python only, not as a tokenizer.json.",
+            hint="Choose a base model with a tokenizer.json, as nearly all have.",
+        )
+    tokenizer.backend_tokenizer.no_truncation()  # some tokenizer.json cut or pad on their own
+    tokenizer.backend_tokenizer.no_padding()
     if tokenizer.eos_token_id is None:
         raise FineTuningError(
             f"The tokenizer of {model_name} has no end-of-sequence token, so no model could learn "
@@ -3109,6 +3478,30 @@ def load_tokenizer(model_name: str) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
+def render_chats(
+    tokenizer: "PreTrainedTokenizerFast",
+    conversations: "Sequence[Sequence[dict[str, str]]]",
+    *,
+    add_generation_prompt: bool,
+) -> "list[str]":
+    """Render conversations (lists of {"role", "content"}) with the chat template."""
+    from jinja2.exceptions import TemplateError
+
+    try:
+        texts = tokenizer.apply_chat_template(
+            [list(messages) for messages in conversations],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except TemplateError as error:
+        raise FineTuningError(
+            f"The model's chat template refuses these messages: {first_line(error)}",
+            hint="Some templates take no system message, or only alternating turns.",
+        ) from error
+    assert isinstance(texts, list)
+    return [str(text) for text in texts]
+
+
 def render_chat(
     tokenizer: "PreTrainedTokenizerFast",
     messages: "Sequence[dict[str, str]]",
@@ -3116,19 +3509,7 @@ def render_chat(
     add_generation_prompt: bool,
 ) -> str:
     """Render messages ({"role", "content"}) with the chat template: the text that is served."""
-    from jinja2.exceptions import TemplateError
-
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except TemplateError as error:
-        raise FineTuningError(
-            f"The model's chat template refuses these messages: {first_line(error)}",
-            hint="Some templates take no system message, or only alternating turns.",
-        ) from error
-    assert isinstance(text, str)
-    return text
+    return render_chats(tokenizer, [messages], add_generation_prompt=add_generation_prompt)[0]
 
 
 def finish_ids(
@@ -3136,7 +3517,7 @@ def finish_ids(
 ) -> "list[int]":
     """Return the ids of `text` with the BOS that it wrote, without an end token that it did not."""
     if bos_written and ids[:1] != [tokenizer.bos_token_id]:
-        ids = tokenizer.convert_tokens_to_ids([str(tokenizer.bos_token)]) + ids
+        ids = [*tokenizer(str(tokenizer.bos_token), add_special_tokens=False)["input_ids"], *ids]
     # Some tokenizers put an end token behind every text: behind a prompt it would end the answer.
     eos = tokenizer.eos_token_id
     ends = 1 if text.endswith(str(tokenizer.eos_token)) else 0
@@ -3154,12 +3535,12 @@ def tokenize_all(tokenizer: "PreTrainedTokenizerFast", texts: "list[str]") -> "l
     """Tokenize many rendered texts, each as `tokenize_rendered` does."""
     bos = str(tokenizer.bos_token or "")
     written = [bool(bos) and text.startswith(bos) for text in texts]
-    all_ids = tokenizer(
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(
         [t.removeprefix(bos) if w else t for t, w in zip(texts, written, strict=True)]
-    )["input_ids"]
+    )
     return [
-        finish_ids(tokenizer, ids, text, w)
-        for ids, text, w in zip(all_ids, texts, written, strict=True)
+        finish_ids(tokenizer, encoding.ids, text, w)
+        for encoding, text, w in zip(encodings, texts, written, strict=True)
     ]
 
 
@@ -3209,27 +3590,13 @@ class EncodedRow:
     merged: bool
 
 
-def render_batch(
-    tokenizer: "PreTrainedTokenizerFast", batch: "Sequence[Conversation]"
-) -> "tuple[list[str], list[str]]":
-    """Render the prompts of a batch, and the whole conversations."""
-    prompts = [render_chat(tokenizer, c.messages, add_generation_prompt=True) for c in batch]
-    whole = [
-        render_chat(
-            tokenizer,
-            [*c.messages, {"role": "assistant", "content": c.answer}],
-            add_generation_prompt=False,
-        )
-        for c in batch
-    ]
-    return prompts, whole
-
-
 def encode_batch(
     tokenizer: "PreTrainedTokenizerFast", batch: "Sequence[Conversation]"
 ) -> "list[EncodedRow]":
     """Render and tokenize conversations; the prompt's tokens are those that chat will send."""
-    prompts, whole = render_batch(tokenizer, batch)
+    prompts = render_chats(tokenizer, [c.messages for c in batch], add_generation_prompt=True)
+    turns = [[*c.messages, {"role": "assistant", "content": c.answer}] for c in batch]
+    whole = render_chats(tokenizer, turns, add_generation_prompt=False)
     completions = [
         cut_completion(tokenizer, conversation, prompt, full)
         for conversation, prompt, full in zip(batch, prompts, whole, strict=True)
@@ -3280,13 +3647,42 @@ def tokenize_after(
     )
 
 
-# --- the stage
+# --- the stream: every row is read, checked, tokenized and stored once
 
+EXAMPLES_FILE, PLAN_FILE, REPORT_FILE = "examples.arrow", "plan.npz", "report.json"
+MANIFEST_FILE = "manifest.json"
+STEMS_FILE, BANDS_FILE = "stems.bin", "bands.bin"
+PREPARING_PACKAGES = ("datasets", "tokenizers", "transformers", "rensa", "ftfy", "numpy")
 BATCH_ROWS = 1000
+BATCH_CHARACTERS = 4_000_000  # so that long rows do not pile up in memory
+ENCODERS = 2  # threads that tokenize while the next rows are read
 EXAMPLE_COLUMNS = ("row", "prompt", "answer", "input_ids", "prompt_length")
-MAX_LISTED_ROWS = 100_000  # in quality_report.json; the counts are always complete
-MAX_LOST_ANSWER_SHARE = 0.01
-LENGTH_CLASS_TOLERANCE = 0.1
+MAX_LISTED_ROWS = 100_000  # per list of quality_report.json; the counts are always complete
+ROWS_SHOWN, EXAMPLES_SHOWN = 20, 3  # per check
+# A row of more characters cannot fit in a token limit: no token of a text is as long on average.
+MAX_CHARACTERS_PER_TOKEN = 50
+# Words of little meaning: what questions are about is in the others.
+STEM_LETTERS = 6
+STOP_STEMS = frozenset(
+    word[:STEM_LETTERS]
+    for word in re.findall(
+        r"\w+",
+        "a an the of in on at to for from by with and or but if is are was were be been being do "
+        "does did have has had can could will would should shall may might must i you he she it "
+        "we they me my your his her its our their this that these those what which who whom whose "
+        "when where why how as not no yes so than then there here about into over under up down "
+        "out off please tell explain describe give",
+    )
+)
+
+
+@dataclass
+class Finding:
+    """Collect what one check has found."""
+
+    count: int = 0
+    rows: "list[int]" = field(default_factory=list)  # the first ones
+    examples: "list[dict[str, Any]]" = field(default_factory=list)
 
 
 @dataclass
@@ -3300,254 +3696,657 @@ class Tally:
     answer_tokens: int = 0
     lost_tokens: int = 0
     longest: int = 0
-    checks: "Counter[str]" = field(default_factory=Counter)
+    dropped_examples: int = 0
+    truncated_examples: int = 0
+    findings: "dict[str, Finding]" = field(default_factory=dict)
     rejected: "list[dict[str, Any]]" = field(default_factory=list)
     dropped: "list[dict[str, Any]]" = field(default_factory=list)
     truncated: "list[dict[str, Any]]" = field(default_factory=list)
-    lengths: "list[int]" = field(default_factory=list)
-    prompt_lengths: "list[int]" = field(default_factory=list)
-    question_keys: "list[bytes]" = field(default_factory=list)
+
+    def note(self, check: str, row: int, detail: str) -> None:
+        """Count a row under a check."""
+        finding = self.findings.setdefault(check, Finding())
+        finding.count += 1
+        if len(finding.rows) < ROWS_SHOWN:
+            finding.rows.append(row)
+        if len(finding.examples) < EXAMPLES_SHOWN:
+            finding.examples.append({"row": row, "detail": detail})
+
+    def drop(self, check: str, row: int, line: "int | None", detail: str) -> None:
+        """Count a usable row that is left out."""
+        self.dropped_examples += 1
+        self.note(check, row, detail)
+        list_row(self.dropped, row, line, check, detail)
 
 
 def list_row(
-    rows: "list[dict[str, Any]]",
-    where: "SourceRow | Conversation",
-    reason: str,
-    detail: str,
+    rows: "list[dict[str, Any]]", row: int, line: "int | None", reason: str, detail: str
 ) -> None:
     """Append a row to a list of the report, as long as that keeps a sane size."""
     if len(rows) < MAX_LISTED_ROWS:
-        place = {} if where.line is None else {"line": where.line}
-        rows.append({"row": where.row, **place, "reason": reason, "detail": detail})
+        place = {} if line is None else {"line": line}
+        rows.append({"row": row, **place, "reason": reason, "detail": detail})
 
 
-def usable_rows(path: Path, config: FineTuningConfig, tally: Tally) -> Iterator[Conversation]:
+@dataclass
+class Columns:
+    """Hold what is known about each stored example, in arrays: millions of rows have to fit.
+
+    Keys are hashes of eight bytes; `stems` (in a file) are hashes of the row's word stems, each
+    once, `stem_counts` says how many of them belong to a row.
+    """
+
+    row: "array[int]" = field(default_factory=lambda: array("q"))
+    line: "array[int]" = field(default_factory=lambda: array("q"))  # 0: unknown
+    characters: "array[int]" = field(default_factory=lambda: array("q"))
+    checks: "array[int]" = field(default_factory=lambda: array("Q"))  # CHECK_BITS
+    language: "array[int]" = field(default_factory=lambda: array("b"))  # in LANGUAGE_NAMES
+    about_language: "array[int]" = field(default_factory=lambda: array("b"))
+    row_key: "array[int]" = field(default_factory=lambda: array("Q"))
+    question_key: "array[int]" = field(default_factory=lambda: array("Q"))
+    answer_key: "array[int]" = field(default_factory=lambda: array("Q"))
+    stem_counts: "array[int]" = field(default_factory=lambda: array("q"))
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Hold what every step of the stream needs."""
+
+    config: FineTuningConfig
+    tokenizer: "PreTrainedTokenizerFast"
+    limit: int  # tokens
+    marks: "re.Pattern[str]"
+    rules: "list[PlausibilityRule]"
+    tally: Tally
+    columns: Columns
+
+
+def digest(*texts: str) -> int:
+    """Return eight bytes, as a number, that stand for some texts."""
+    return int.from_bytes(
+        hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest(), "little"
+    )
+
+
+def note_warnings(conversation: Conversation, rules: "Sequence[PlausibilityRule]") -> None:
+    """Add to a row's notes what a person should look at."""
+    answer, notes = conversation.answer, conversation.notes
+    if breaks_off(answer):
+        notes.append(("cut_off_answer", f"ends with {answer[-60:]!r}"))
+    if "```" in answer and len(re.findall(r"^\s*```", answer, re.MULTILINE)) % 2:
+        notes.append(("unbalanced_code_fence", f"ends with {answer[-60:]!r}"))
+    found = find_implausible(answer, rules) or find_implausible(conversation.question, rules)
+    if found:
+        notes.append(("implausible_value", found))
+
+
+def usable_rows(path: Path, prep: Preparation, progress: Progress) -> Iterator[Conversation]:
     """Yield the conversations of a file; rows that hold none are noted with their reasons."""
+    tally = prep.tally
     for source in read_rows(path):
         tally.total += 1
         try:
-            conversation = read_conversation(source, config.system_prompt)
+            conversation = read_conversation(source, prep.config.system_prompt)
+            check_texts(conversation, prep.marks)
         except RowRejectedError as error:
-            tally.checks.update({reason for reason, _ in error.problems})
-            list_row(tally.rejected, source, error.problems[0][0], str(error))
+            for check, detail in error.problems:
+                tally.note(check, source.row, detail)
+            list_row(tally.rejected, source.row, source.line, error.problems[0][0], str(error))
             continue
         tally.valid += 1
         tally.question_chars += len(conversation.question)
         tally.answer_chars += len(conversation.answer)
+        note_warnings(conversation, prep.rules)
+        if not tally.valid % 100:
+            progress.move_to(source.bytes_read)
         yield conversation
 
 
-def fit_length(
-    row: EncodedRow, limit: int, config: FineTuningConfig, tally: Tally
-) -> "list[int] | None":
+def batches_of_rows(rows: Iterator[Conversation]) -> "Iterator[list[Conversation]]":
+    """Yield rows in lists of bounded length and text."""
+    batch: list[Conversation] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += len(row.answer) + len(row.question)
+        if len(batch) >= BATCH_ROWS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def encode_ahead(
+    prep: Preparation, batches: "Iterator[list[Conversation]]"
+) -> "Iterator[list[EncodedRow]]":
+    """Yield batches in tokens, in order; threads tokenize while the next rows are read."""
+    too_long = prep.limit * MAX_CHARACTERS_PER_TOKEN
+    waiting: deque[concurrent.futures.Future[list[EncodedRow]]] = deque()
+    with concurrent.futures.ThreadPoolExecutor(ENCODERS, "tokenize") as pool:
+        for batch in batches:
+            fitting = []
+            for row in batch:
+                if len(row.answer) + len(row.question) > too_long:
+                    drop_unread(row, prep)
+                else:
+                    fitting.append(row)
+            waiting.append(pool.submit(encode_batch, prep.tokenizer, fitting))
+            if len(waiting) > ENCODERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def drop_unread(row: Conversation, prep: Preparation) -> None:
+    """Leave out a row that is too long to be worth tokenizing; its loss is estimated."""
+    tokens = len(row.answer) // 4
+    prep.tally.answer_tokens += tokens
+    prep.tally.lost_tokens += tokens
+    prep.tally.drop(
+        "over_length",
+        row.row,
+        row.line,
+        f"{len(row.question) + len(row.answer)} characters, far more than {prep.limit} tokens",
+    )
+
+
+def fit_length(row: EncodedRow, prep: Preparation) -> "list[int] | None":
     """Return the row's tokens within the limit, or None where it is left out; count what is lost.
 
     A truncated row has no end token: it must not teach to stop in the middle of a sentence.
     """
+    tally, where = prep.tally, row.conversation
     answer_tokens = len(row.ids) - row.prompt_length
     tally.answer_tokens += answer_tokens
     tally.longest = max(tally.longest, len(row.ids))
-    if len(row.ids) <= limit:
+    if len(row.ids) <= prep.limit:
         return row.ids
-    tally.checks["over_length"] += 1
-    where = row.conversation
-    if config.overlong == "truncate" and row.prompt_length < limit:
-        lost = len(row.ids) - limit
+    if prep.config.overlong == "truncate" and row.prompt_length < prep.limit:
+        lost = len(row.ids) - prep.limit
         tally.lost_tokens += lost
+        tally.truncated_examples += 1
         detail = f"{len(row.ids)} tokens: the last {lost} of its answer are cut off"
-        list_row(tally.truncated, where, "over_length", detail)
-        return row.ids[:limit]
+        where.notes.append(("over_length", detail))
+        list_row(tally.truncated, where.row, where.line, "over_length", detail)
+        return row.ids[: prep.limit]
     tally.lost_tokens += answer_tokens
-    list_row(tally.dropped, where, "over_length", f"{len(row.ids)} tokens, more than {limit}")
+    detail = f"{len(row.ids)} tokens, more than {prep.limit}"
+    tally.drop("over_length", where.row, where.line, detail)
     return None
 
 
-def normalize_text(text: str) -> str:
-    """Return the words of a text, without case, punctuation and spacing."""
-    words = re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(words) or text
+def describe_rows(rows: "Sequence[EncodedRow]", columns: Columns, stems_file: BinaryIO) -> None:
+    """Add what later steps compare to the columns: keys, word stems, language, checks."""
+    import numpy as np
+    from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]
+
+    stems = []
+    for encoded in rows:
+        conversation = encoded.conversation
+        question, answer = conversation.question, conversation.answer
+        asked, answered = find_words(question), find_words(answer)
+        asked_stems, answer_words = find_stems(asked), set(answered)
+        columns.row.append(conversation.row)
+        columns.line.append(conversation.line or 0)
+        columns.characters.append(len(question) + len(answer))
+        columns.checks.append(sum({CHECK_BITS[name] for name, _ in conversation.notes}))
+        columns.language.append(detect_language(answer, answer_words))
+        columns.about_language.append(not ABOUT_LANGUAGE.isdisjoint(asked_stems))
+        columns.row_key.append(digest(encoded.prompt, answer))
+        columns.question_key.append(digest(*asked) if asked else digest(question))
+        columns.answer_key.append(digest(*answered) if answered else digest(answer))
+        stems.append(asked_stems | find_stems(answer_words))
+    hashes = RMinHash.hash_token_sets(stems)
+    columns.stem_counts.extend(map(len, hashes))
+    flat = np.fromiter(itertools.chain.from_iterable(hashes), np.uint64)
+    (flat >> np.uint64(32)).astype(np.uint32).tofile(stems_file)
 
 
-def digest(text: str) -> bytes:
-    """Return eight bytes that stand for a text."""
-    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+def find_stems(words: "Iterable[str]") -> "set[str]":
+    """Return what makes words comparable: their first letters, without words of little meaning."""
+    return {word[:STEM_LETTERS] for word in words} - STOP_STEMS
 
 
-def encode_rows(
-    rows: Iterator[Conversation],
-    tokenizer: "PreTrainedTokenizerFast",
-    limit: int,
-    config: FineTuningConfig,
-    tally: Tally,
-) -> "Iterator[dict[str, list[Any]]]":
-    """Yield batches of examples as columns."""
-    for batch in iter(lambda: list(itertools.islice(rows, BATCH_ROWS)), []):
-        columns: dict[str, list[Any]] = {name: [] for name in EXAMPLE_COLUMNS}
-        for row in encode_batch(tokenizer, batch):
-            tally.checks["merged_tokens"] += row.merged
-            ids = fit_length(row, limit, config, tally)
-            if ids is None:
-                continue
-            for name, value in zip(
-                EXAMPLE_COLUMNS,
-                (row.conversation.row, row.prompt, row.conversation.answer, ids, row.prompt_length),
-                strict=True,
-            ):
-                columns[name].append(value)
-            tally.lengths.append(len(ids))
-            tally.prompt_lengths.append(row.prompt_length)
-            tally.question_keys.append(digest(normalize_text(row.conversation.question)))
-        yield columns
-
-
-def write_examples(path: Path, batches: "Iterator[dict[str, list[Any]]]") -> "datasets.Dataset":
-    """Write examples to an Arrow file, batch by batch, and return them memory-mapped."""
+def example_features() -> "datasets.Features":
+    """Return the types of the stored columns."""
     import datasets
-    from datasets.arrow_writer import ArrowWriter
 
     kinds = ("int64", "string", "string", datasets.List(datasets.Value("int32")), "int32")
-    features = datasets.Features(
+    return datasets.Features(
         {
             name: datasets.Value(kind) if isinstance(kind, str) else kind
             for name, kind in zip(EXAMPLE_COLUMNS, kinds, strict=True)
         }
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        with ArrowWriter(path=str(temporary), features=features) as writer:
-            for columns in batches:
-                writer.write_batch(columns)
-            writer.finalize()
-        temporary.replace(path)
-    except OSError as error:
-        raise FineTuningError(
-            f"The prepared examples cannot be written to {path.parent}: {first_line(error)}",
-            hint="Free some disk space, or choose another folder with --cache_dir.",
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return datasets.Dataset.from_file(str(path))
 
 
-def prove_stop_tokens(
-    examples: "datasets.Dataset", tokenizer: "PreTrainedTokenizerFast", limit: int, truncated: int
+def store_batch(
+    batch: "Sequence[EncodedRow]", prep: Preparation, writer: "ArrowWriter", stems_file: BinaryIO
 ) -> None:
-    """Check every stored example; raise FineTuningError where one would teach something wrong.
+    """Store those rows of a batch that fit, and note what was found in all of them."""
+    stored: list[EncodedRow] = []
+    ids: list[list[int]] = []
+    for row in batch:
+        if row.merged:
+            row.conversation.notes.append(("merged_tokens", shorten(row.completion, 40)))
+        fitting = fit_length(row, prep)
+        if fitting is not None:
+            stored.append(row)
+            ids.append(fitting)
+        for check, detail in row.conversation.notes:
+            prep.tally.note(check, row.conversation.row, detail)
+    describe_rows(stored, prep.columns, stems_file)
+    writer.write_batch(
+        {
+            "row": [row.conversation.row for row in stored],
+            "prompt": [row.prompt for row in stored],
+            "answer": [row.conversation.answer for row in stored],
+            "input_ids": ids,
+            "prompt_length": [row.prompt_length for row in stored],
+        }
+    )
 
-    Proved are: exactly one BOS, at the front, if the tokenizer has one in front of texts; the last
-    supervised token is the end token and the only one of its kind (except in truncated rows, which
-    have none); a prompt that carries no loss and an answer that carries some.
+
+def store_examples(file: DatasetFile, prep: Preparation, folder: Path) -> None:
+    """Stream the file into `folder`: examples.arrow and stems.bin; the rest goes into `prep`."""
+    from datasets.arrow_writer import ArrowWriter
+
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(progress_bar(file.size, "B", "preparing"))
+        writer = stack.enter_context(
+            ArrowWriter(path=str(folder / EXAMPLES_FILE), features=example_features())
+        )
+        stems_file = stack.enter_context((folder / STEMS_FILE).open("wb"))
+        rows = usable_rows(file.path, prep, progress)
+        for batch in encode_ahead(prep, batches_of_rows(rows)):
+            store_batch(batch, prep, writer, stems_file)
+        writer.finalize()
+        progress.move_to(file.size)
+
+
+# --- what rows have to do with each other: duplicates, contradictions, outliers
+
+# Similarity is the weighted share of common word stems, question and answer together; a stem
+# weighs more the fewer rows have it. So a paraphrase, which keeps the rare words, is nearer than
+# the same sentence about another college. Measured on 7,888 short Alpaca rows: above 0.7 all pairs
+# say the same thing, above 0.4 about half do (the rest ask closely related things).
+NEAR_DUPLICATE = 0.7
+SAME_SIDE = 0.4
+BANDS, BAND_ROWS = 42, 3  # of the MinHash: finds 95 % of the pairs at 0.4, all at 0.6
+NEIGHBOURS = 2  # within a band, a row is compared with so many before it
+STEM_BUCKETS = 22  # bits of a stem's hash that tell how frequent it is
+LONG_OUTLIER = 3.5  # robust standard deviations of the logarithm of the length
+
+
+class RowPairs(NamedTuple):
+    """Hold pairs of stored examples, by their places, and how alike they are: three arrays."""
+
+    first: "IntArray"
+    second: "IntArray"
+    similarity: "FloatArray"
+
+
+class StemSets:
+    """Hold the word stems of the examples, on disk, and the weight of each stem."""
+
+    def __init__(self, path: Path, counts: "IntArray") -> None:
+        import numpy as np
+
+        self.ends = np.cumsum(counts)
+        self.starts = self.ends - counts
+        self.counts = counts
+        size = int(counts.sum())
+        self.stems = np.memmap(path, np.uint32, "r", shape=(size,)) if size else np.empty(0, "u4")
+        self.frequency = np.zeros(1 << STEM_BUCKETS, np.int64)
+        for piece in range(0, size, 1 << 22):
+            buckets = self.stems[piece : piece + (1 << 22)] >> (32 - STEM_BUCKETS)
+            self.frequency += np.bincount(buckets, minlength=1 << STEM_BUCKETS)
+        self.weight = np.log1p(len(counts) / np.maximum(self.frequency, 1))
+
+    def gather(self, rows: "IntArray") -> "tuple[IntArray, IntArray]":
+        """Return the stems of some rows, one after the other, and the row's place for each."""
+        import numpy as np
+
+        counts = self.counts[rows]
+        place = np.repeat(np.arange(len(rows)), counts)
+        within = np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return self.stems[self.starts[rows][place] + within], place
+
+    def similarity(self, first: "IntArray", second: "IntArray") -> "FloatArray":
+        """Return the similarity of pairs of rows, from 0 to 1."""
+        import numpy as np
+
+        result = []
+        for piece in range(0, len(first), 50_000):
+            pairs = slice(piece, piece + 50_000)
+            count = len(first[pairs])
+            (left, left_pair), (right, right_pair) = map(self.gather, (first[pairs], second[pairs]))
+            keys = np.concatenate((left_pair, right_pair)) << 32
+            keys |= np.concatenate((left, right)).astype(np.int64)
+            keys.sort()
+            weights = self.weight[(keys & 0xFFFFFFFF) >> (32 - STEM_BUCKETS)]
+            total = np.bincount(keys >> 32, weights, count)
+            twice = np.flatnonzero(keys[1:] == keys[:-1])
+            common = np.bincount(keys[twice] >> 32, weights[twice], count)
+            result.append(common / np.maximum(total - common, 1e-9))
+        return np.concatenate(result) if result else np.empty(0)
+
+
+def hash_bands(sets: StemSets, rows: "IntArray", folder: Path) -> "tuple[IntArray, IntArray]":
+    """Return the MinHash bands ([bands, rows], on disk), and the rows that have any.
+
+    Frequent stems are left out, so that a sentence that many rows share does not make them alike.
+    """
+    import numpy as np
+    from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]
+
+    most = max(50, len(sets.counts) // 50)
+    bands = np.memmap(folder / BANDS_FILE, np.uint32, "w+", shape=(BANDS, len(rows)))
+    filled = np.zeros(len(rows), bool)
+    factors = np.array([0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D], np.uint32)
+    for piece in range(0, len(rows), 20_000):
+        part = slice(piece, piece + 20_000)
+        stems, place = sets.gather(rows[part])
+        rare = sets.frequency[stems >> (32 - STEM_BUCKETS)] <= most
+        counts = np.bincount(place[rare], minlength=len(rows[part]))
+        signature = RMinHash.digest_matrix_from_flat_token_hashes(
+            stems[rare].astype(np.uint64),
+            np.concatenate(([0], np.cumsum(counts))).astype(np.uint64),
+            BANDS * BAND_ROWS,
+            42,
+        )
+        matrix = np.array(signature.to_rows(), np.uint32).reshape(-1, BANDS, BAND_ROWS)
+        bands[:, part] = (matrix * factors).sum(axis=2, dtype=np.uint32).T
+        filled[part] = counts > 0
+    return bands[:, filled] if not filled.all() else bands, rows[filled]
+
+
+def find_similar(sets: StemSets, rows: "IntArray", folder: Path) -> RowPairs:
+    """Return the pairs of rows (first < second) that are alike enough to share a side."""
+    import numpy as np
+
+    pieces = [np.empty(0, np.int64)]
+    if len(rows) > 1:
+        bands, rows = hash_bands(sets, rows, folder)
+        for band in bands:
+            order = np.argsort(band, kind="stable")
+            values = np.asarray(band)[order]
+            for distance in range(1, NEIGHBOURS + 1):
+                same = np.flatnonzero(values[distance:] == values[:-distance])
+                # A stable sort keeps the file's order: the first of the two is the earlier row.
+                found = rows[order[same]] * len(sets.counts) + rows[order[same + distance]]
+                pieces.append(found)
+            if sum(map(len, pieces)) > 20_000_000:  # most pairs turn up in several bands
+                pieces = [np.unique(np.concatenate(pieces))]
+    first, second = np.divmod(np.unique(np.concatenate(pieces)), max(1, len(sets.counts)))
+    similarity = sets.similarity(first, second)
+    near = similarity >= SAME_SIDE
+    return RowPairs(first[near], second[near], similarity[near])
+
+
+def same_keys(keys: "IntArray", rows: "IntArray") -> "tuple[IntArray, IntArray]":
+    """Return for each row whose key an earlier one has: the first such row, and the row itself."""
+    import numpy as np
+
+    _, first, inverse = np.unique(keys[rows], return_index=True, return_inverse=True)
+    earlier = rows[first[inverse]]
+    return earlier[earlier < rows], rows[earlier < rows]
+
+
+def connect(size: int, first: "IntArray", second: "IntArray") -> "IntArray":
+    """Return for each of `size` rows the earliest row that pairs connect it with."""
+    import numpy as np
+
+    root = np.arange(size)
+    while True:
+        low = np.minimum(root[first], root[second])
+        before = root.copy()
+        np.minimum.at(root, before[first], low)
+        np.minimum.at(root, before[second], low)
+        while not np.array_equal(root, root[root]):
+            root = root[root]
+        if np.array_equal(root, before):
+            return root
+
+
+def flag_rows(
+    check: str,
+    places: "IntArray",
+    describe: "Callable[[int], str]",
+    columns: Columns,
+    tally: Tally,
+) -> None:
+    """Note a finding about stored examples, given by their places; describe only those shown."""
+    import numpy as np
+
+    np.frombuffer(columns.checks, np.uint64)[places] |= np.uint64(CHECK_BITS[check])
+    for number, place in enumerate(places.tolist()):
+        shown = number < EXAMPLES_SHOWN
+        tally.note(check, columns.row[place], describe(place) if shown else "")
+
+
+def find_outliers(columns: Columns, places: "IntArray", tally: Tally) -> None:
+    """Note rows that are far longer than the others, or in another language."""
+    import numpy as np
+
+    length = np.log(np.maximum(1, np.array(columns.characters)[places]))
+    middle = np.median(length)
+    # What is usual differs: the bounds keep sets of even rows, and of very mixed ones, sensible.
+    spread = np.clip(1.4826 * np.median(np.abs(length - middle)), 0.6, 0.9)
+
+    def describe_length(place: int) -> str:
+        usual = math.exp(middle)
+        return f"{columns.characters[place]} characters; half of the rows have under {usual:.0f}"
+
+    long = places[length > middle + LONG_OUTLIER * spread]
+    flag_rows("length_outlier", long, describe_length, columns, tally)
+    language = np.array(columns.language)[places]
+    known = language > 0
+    usual = int(np.bincount(language[known], minlength=1).argmax())
+    if known.sum() < 20 or (language == usual).sum() < 0.8 * known.sum():
+        return  # too few to tell, or a set of several languages
+
+    def describe_language(place: int) -> str:
+        return f"{LANGUAGE_NAMES[columns.language[place]]}, not {LANGUAGE_NAMES[usual]}"
+
+    about = np.array(columns.about_language)[places] == 1
+    foreign = places[known & (language != usual) & ~about]
+    flag_rows("language_outlier", foreign, describe_language, columns, tally)
+
+
+def drop_duplicates(columns: Columns, tally: Tally) -> "IntArray":
+    """Note rows that stand earlier in the file already; return the places of all others."""
+    import numpy as np
+
+    keys = np.frombuffer(columns.row_key, np.uint64)
+    keep = np.ones(len(keys), bool)
+    for earlier, later in zip(*same_keys(keys, np.arange(len(keys))), strict=True):
+        detail = f"the same as row {columns.row[earlier]}"
+        line = columns.line[later] or None
+        tally.drop("exact_duplicate", columns.row[later], line, detail)
+        columns.checks[later] |= CHECK_BITS["exact_duplicate"]
+        keep[later] = False
+    return np.flatnonzero(keep)
+
+
+def relate_rows(
+    columns: Columns, tally: Tally, folder: Path, texts: "datasets.Dataset"
+) -> "tuple[IntArray, IntArray]":
+    """Compare the stored examples; return the places of those to keep, and the family of each.
+
+    A family are rows that must not stand on both sides of the split: near duplicates, paraphrases,
+    and rows with the same question. It is named by the question key of its first row.
     """
     import numpy as np
 
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    probe = render_chat(tokenizer, [{"role": "user", "content": "a"}], add_generation_prompt=True)
-    has_bos = bos is not None and tokenize_rendered(tokenizer, probe)[:1] == [bos]
+    kept = drop_duplicates(columns, tally)
+    find_outliers(columns, kept, tally)
+    questions = np.frombuffer(columns.question_key, np.uint64)
+    answers = np.frombuffer(columns.answer_key, np.uint64)
+    same, again = same_keys(questions, kept)
+    other = answers[same] != answers[again]
+    earlier_of = dict(zip(again[other].tolist(), same[other].tolist(), strict=True))
+
+    def compare(place: int, how: str) -> str:
+        first = earlier_of[place]
+        one, two = (shorten(texts[i]["answer"], 50) for i in (first, place))
+        return f"{how} row {columns.row[first]}: {two!r}, there {one!r}"
+
+    flag_rows("contradiction", again[other], lambda i: compare(i, "asks as"), columns, tally)
+    alike = find_similar(StemSets(folder / STEMS_FILE, np.array(columns.stem_counts)), kept, folder)
+    near = (alike.similarity >= NEAR_DUPLICATE) & ~np.isin(alike.second, again[other])
+    places, chosen = np.unique(alike.second[near], return_index=True)
+    earlier_of = dict(zip(places.tolist(), alike.first[near][chosen].tolist(), strict=True))
+    flag_rows("near_duplicate", places, lambda i: compare(i, "nearly"), columns, tally)
+    roots = connect(
+        len(questions), np.concatenate((alike.first, same)), np.concatenate((alike.second, again))
+    )
+    return kept, questions[roots[kept]]
+
+
+# --- proof and split
+
+
+def prove_stop_tokens(
+    examples: "datasets.Dataset", prep: Preparation
+) -> "tuple[IntArray, IntArray]":
+    """Check every stored example and return the lengths of all examples and of their prompts.
+
+    Proved are: exactly one BOS, at the front, if the tokenizer puts one before a text; the last
+    supervised token is the end token and the only one of its kind (truncated rows have none); the
+    prompt carries no loss and the answer some. Raises FineTuningError where one would teach
+    something wrong.
+    """
+    import numpy as np
+
+    all_lengths, all_prompts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     cut_rows = 0
     batch: Any  # a pyarrow.Table
     for batch in examples.with_format("arrow").iter(batch_size=10_000):
         lists = batch["input_ids"].combine_chunks()
-        ids = lists.flatten().to_numpy()
-        ends = np.cumsum(lists.value_lengths().to_numpy())
-        lengths = np.diff(ends, prepend=0)
-        starts = ends - lengths
-        prompts = batch["prompt_length"].to_numpy()
-        is_eos = np.concatenate(([0], np.cumsum(ids == eos)))
-        stops = is_eos[ends] - is_eos[starts + prompts]
-        cut = (stops == 0) & (lengths == limit)
-        cut_rows += int(cut.sum())
-        wrong = {
-            "nothing to learn": (prompts < 1) | (prompts >= lengths),
-            "no end token, or one inside the answer": ~cut
-            & ((ids[ends - 1] != eos) | (stops != 1)),
-        }
-        if has_bos:
-            is_bos = np.concatenate(([0], np.cumsum(ids == bos)))
-            wrong["no BOS"] = ids[starts] != bos
-            wrong["two BOS"] = ids[np.minimum(starts + 1, ends - 1)] == bos
-            if bos != eos:
-                wrong["two BOS"] = is_bos[ends] - is_bos[starts] > 1
-        for what, rows in wrong.items():
-            if rows.any():
+        lengths = lists.value_lengths().to_numpy().astype(np.int64)
+        prompts = batch["prompt_length"].to_numpy().astype(np.int64)
+        wrong, cut = find_wrong_tokens(lists.flatten().to_numpy(), lengths, prompts, prep)
+        for what, places in wrong.items():
+            if places.any():
                 raise FineTuningError(
                     "{} of {} examples: {} (first: row {}).".format(
-                        int(rows.sum()), len(rows), what, batch["row"][int(rows.argmax())]
+                        int(places.sum()), len(places), what, batch["row"][int(places.argmax())]
                     ),
                     hint="The tokenizer or its chat template does not fit this kind of training.",
                 )
+        cut_rows += cut
+        all_lengths.append(lengths)
+        all_prompts.append(prompts)
+    truncated = prep.tally.truncated_examples
     if cut_rows != truncated:
         raise FineTuningError(f"{cut_rows} examples lack an end token; {truncated} were truncated.")
+    return np.concatenate(all_lengths), np.concatenate(all_prompts)
 
 
-def choose_sides(
-    groups: "Sequence[bytes]", lengths: "Sequence[int]", config: FineTuningConfig
-) -> "list[str]":
-    """Return for each row, in file order, whether it is for "train", for "eval" or "unused".
+def find_wrong_tokens(
+    ids: "IntArray", lengths: "IntArray", prompts: "IntArray", prep: Preparation
+) -> "tuple[dict[str, IntArray], int]":
+    """Return what is wrong with some examples (a mask each), and how many are cut at the limit.
 
-    A seeded hash of a group's content decides, so that rows of one group stay together and neither
-    later rows nor their order matter. In small sets the shares would stray by chance: there the
-    hash is overruled where the rows so far, as a whole or of similar length, are off by more than a
-    tenth (and more than one row). Only earlier rows count, so appending rows moves none.
+    `ids` are the tokens of all examples, one after the other.
     """
-    shares = {"eval": config.eval_split, "train": config.train_split}
-    shares["unused"] = max(0.0, 1 - sum(shares.values()))
-    sizes = Counter(groups)
-    largest = max(10, config.eval_split * len(groups) / 2)
-    seen: dict[int, Counter[str]] = defaultdict(Counter)
-    side_of: dict[bytes, str] = {}
-    sides = []
-    for group, length in zip(groups, lengths, strict=True):
-        classes = (seen[0], seen[length.bit_length()])  # all rows; those of similar length
-        if group not in side_of:
-            draw = hash_to_unit(group, config.seed)
-            side = "eval" if draw < shares["eval"] else "train"
-            if draw >= 1 - shares["unused"]:
-                side = "unused"
+    import numpy as np
+
+    tokenizer = prep.tokenizer
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    probe = render_chat(tokenizer, [{"role": "user", "content": "a"}], add_generation_prompt=True)
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    eos_before = np.concatenate(([0], np.cumsum(ids == eos)))
+    stops = eos_before[ends] - eos_before[starts + prompts]  # within the supervised part
+    cut = (stops == 0) & (lengths == prep.limit)
+    wrong = {
+        "nothing is supervised, or the prompt is": (prompts < 1) | (prompts >= lengths),
+        "no end token, or one inside the answer": ~cut & ((ids[ends - 1] != eos) | (stops != 1)),
+    }
+    if bos is not None and tokenize_rendered(tokenizer, probe)[:1] == [bos]:
+        bos_before = np.concatenate(([0], np.cumsum(ids == bos)))
+        wrong["no BOS"] = ids[starts] != bos
+        wrong["two BOS"] = (
+            bos_before[ends] - bos_before[starts] != 1
+            if bos != eos
+            else ids[np.minimum(starts + 1, ends - 1)] == bos
+        )
+    return wrong, int(cut.sum())
+
+
+TRAIN, EVAL, UNUSED = 0, 1, 2
+
+
+def choose_sides(families: "IntArray", lengths: "IntArray", config: FineTuningConfig) -> "IntArray":
+    """Return for each example, in file order, its side: TRAIN, EVAL or UNUSED.
+
+    A seeded hash of a family's first question decides, so that rows of one family stay together
+    and neither later rows nor the order matter. In small sets the shares would stray by chance:
+    there the hash is overruled where the rows so far, as a whole or of similar length, are off by
+    more than a tenth (and more than one row). Only earlier rows count: appended ones move none.
+    """
+    import numpy as np
+
+    shares = (config.train_split, config.eval_split, 1 - config.train_split - config.eval_split)
+    _, number, sizes = np.unique(families, return_inverse=True, return_counts=True)
+    draws = hash_to_unit(families, config.seed).tolist()
+    too_large = max(10, config.eval_split * len(families) / 2)
+    side_of: dict[int, int] = {}
+    sides = np.empty(len(families), np.int8)
+    seen: defaultdict[int, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for place, family in enumerate(number.tolist()):
+        classes = (seen[-1], seen[int(lengths[place]).bit_length()])  # all rows, those as long
+        side = side_of.get(family)
+        if side is None:
+            draw = draws[place]
+            side = EVAL if draw < shares[EVAL] else UNUSED if draw >= 1 - shares[UNUSED] else TRAIN
             for counts in reversed(classes):
                 side = overrule(side, counts, shares)
-            side_of[group] = "train" if sizes[group] > largest else side
-        sides.append(side_of[group])
+            side_of[family] = side = TRAIN if sizes[family] > too_large else side
+        sides[place] = side
         for counts in classes:
-            counts[side_of[group]] += 1
-    return keep_both_sides(groups, sides, config)
+            counts[side] += 1
+    return fill_sides(number, sizes, draws, sides)
 
 
-def hash_to_unit(key: bytes, seed: int) -> float:
-    """Return a number from 0 (included) to 1 (excluded) that depends on key and seed alone."""
-    mixed = hashlib.blake2b(key, key=str(seed).encode(), digest_size=8).digest()
-    return int.from_bytes(mixed, "big") / 2**64
+def hash_to_unit(keys: "IntArray", seed: int) -> "FloatArray":
+    """Return a number from 0 to 1 for each key, scattered by key and seed (splitmix64's finish)."""
+    import numpy as np
+
+    mixed = keys ^ np.uint64(digest(str(seed)))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return (mixed ^ (mixed >> np.uint64(31))) / 2.0**64
 
 
-def overrule(side: str, counts: "Counter[str]", shares: "dict[str, float]") -> str:
+def overrule(side: int, counts: "list[int]", shares: "tuple[float, ...]") -> int:
     """Return the side the hash chose, or the one that lags behind where the shares have strayed."""
-    total = counts.total() + 1
-    behind = {name: share * total - counts[name] for name, share in shares.items()}
-    neediest = max(behind, key=lambda name: behind[name])
-    slack = max(1.0, LENGTH_CLASS_TOLERANCE * min(s for s in shares.values() if s > 0) * total)
-    if behind[neediest] > slack or behind[side] - 1 < -slack:
-        return neediest
-    return side
+    total = sum(counts) + 1
+    behind = [share * total - count for share, count in zip(shares, counts, strict=True)]
+    slack = max(1.0, 0.1 * min(shares[TRAIN], shares[EVAL]) * total)
+    neediest = max(range(3), key=behind.__getitem__)
+    return neediest if behind[neediest] > slack or behind[side] - 1 < -slack else side
 
 
-def keep_both_sides(
-    groups: "Sequence[bytes]", sides: "list[str]", config: FineTuningConfig
-) -> "list[str]":
-    """Give a side that got nothing, as happens in tiny sets, one group."""
-    if len(set(groups)) < 2:
+def fill_sides(
+    number: "IntArray", sizes: "IntArray", draws: "list[float]", sides: "IntArray"
+) -> "IntArray":
+    """Give a side that got nothing, as happens in tiny sets, one family; refuse a single family."""
+    import numpy as np
+
+    if len(sizes) < 2:
         raise FineTuningError(
             "All usable rows ask the same question, so none can be held out for evaluation."
-            if groups
+            if len(sizes)
             else "No row is left to train on.",
             hint="At least two different rows are needed, and some hundreds are useful.",
         )
-    for side in ("eval", "train"):
-        if side not in sides:
-            sizes = Counter(groups)
-            moved = min(sizes, key=lambda g: (sizes[g], hash_to_unit(g, config.seed)))
-            if side == "train":  # everything was in eval or unused
-                moved = max(sizes, key=lambda g: (sizes[g], hash_to_unit(g, config.seed)))
-            sides = [side if g == moved else s for g, s in zip(groups, sides, strict=True)]
+    for side, sign in ((EVAL, 1), (TRAIN, -1)):  # the smallest family to eval, the largest to train
+        if not (sides == side).any():
+            order = np.lexsort((np.array(draws), sign * sizes[number]))
+            sides[number == number[order[0]]] = side
     return sides
 
 
@@ -3574,17 +4373,93 @@ def usable_length(config: FineTuningConfig) -> int:
     return config.max_seq_length
 
 
-def build_quality_report(tally: Tally) -> QualityReport:
-    """Sum up the tally."""
+@dataclass(frozen=True)
+class PreparedFiles:
+    """Hold the outcome of the preparation, as it lies in the cache.
+
+    `kept` are the examples that are not dropped; the other arrays are about these, in file order.
+    """
+
+    examples: "datasets.Dataset"
+    report: QualityReport
+    kept: "IntArray"
+    families: "IntArray"
+    lengths: "IntArray"
+    prompt_lengths: "IntArray"
+
+
+def score_rows(columns: Columns) -> "FloatArray":
+    """Return a score from 0 to 1 for each stored example: what its checks leave of 1."""
+    import numpy as np
+
+    checks = np.frombuffer(columns.checks, np.uint64)
+    scores = np.ones(len(checks))
+    for name, kind in CHECKS.items():
+        scores[(checks & np.uint64(CHECK_BITS[name])) != 0] *= 1 - kind.penalty
+    return np.round(scores, 4)
+
+
+def worst_rows(
+    columns: Columns, scores: "FloatArray", tally: Tally, texts: "datasets.Dataset"
+) -> "list[dict[str, Any]]":
+    """Return the rows with the lowest scores: rejected ones first, then the worst of the others."""
+    import numpy as np
+
+    worst = [
+        {"row": r["row"], "score": 0.0, "checks": [r["reason"]], "text": r["detail"]}
+        for r in tally.rejected[:WORST_ROWS]
+    ]
+    for place in np.argsort(scores, kind="stable")[: WORST_ROWS - len(worst)].tolist():
+        if scores[place] < 1:
+            found = [name for name in CHECKS if columns.checks[place] & CHECK_BITS[name]]
+            worst.append(
+                {
+                    "row": columns.row[place],
+                    "score": float(scores[place]),
+                    "checks": found,
+                    "text": shorten(texts[place]["prompt"] + texts[place]["answer"], 200),
+                }
+            )
+    return worst
+
+
+def build_quality_report(prep: Preparation, texts: "datasets.Dataset") -> QualityReport:
+    """Sum up what the checks have found."""
+    import numpy as np
+
+    tally, columns = prep.tally, prep.columns
+    scores = score_rows(columns)
+    lost = tally.valid - len(scores)  # over-length rows are not stored
+    everything = np.concatenate((np.zeros(tally.total - tally.valid), np.full(lost, 0.5), scores))
+    histogram = np.bincount(np.minimum(9, (everything * 10 + 1e-6).astype(int)), minlength=10)
+    counts = {name: tally.findings.get(name, Finding()).count for name in CHECKS}
     return QualityReport(
         total_examples=tally.total,
         valid_examples=tally.valid,
-        quality_score=round(tally.valid / tally.total, 6) if tally.total else 0.0,
-        empty_instructions=tally.checks["empty_instruction"],
-        empty_outputs=tally.checks["empty_output"],
+        quality_score=round(tally.valid / max(1, tally.total), 6),
+        empty_instructions=counts["empty_instruction"],
+        empty_outputs=counts["empty_output"],
         avg_instruction_length=round(tally.question_chars / max(1, tally.valid), 2),
         avg_output_length=round(tally.answer_chars / max(1, tally.valid), 2),
-        checks={name: count for name, count in sorted(tally.checks.items()) if count},
+        checks=counts,
+        check_details={
+            name: {
+                "count": finding.count,
+                "action": CHECKS[name].action,
+                "meaning": CHECKS[name].meaning,
+                "rows": finding.rows,
+                "examples": finding.examples,
+            }
+            for name, finding in sorted(tally.findings.items(), key=lambda f: -f[1].count)
+        },
+        mean_score=round(float(everything.mean()), 4) if len(everything) else 0.0,
+        score_histogram=tuple(histogram.tolist()),
+        worst_rows=tuple(worst_rows(columns, scores, tally, texts)),
+        answer_tokens=tally.answer_tokens,
+        lost_answer_tokens=tally.lost_tokens,
+        longest_example=tally.longest,
+        dropped_examples=tally.dropped_examples,
+        truncated_examples=tally.truncated_examples,
         rejected=tuple(tally.rejected),
         dropped=tuple(tally.dropped),
         truncated=tuple(tally.truncated),
@@ -3662,87 +4537,229 @@ def check_quality(report: QualityReport, path: Path, config: FineTuningConfig) -
         )
 
 
-def check_lost_tokens(tally: Tally, limit: int, config: FineTuningConfig) -> None:
+def check_lost_tokens(report: QualityReport, limit: int, config: FineTuningConfig) -> None:
     """Ask where the length limit costs more than one in a hundred answer tokens."""
-    share = tally.lost_tokens / max(1, tally.answer_tokens)
+    share = report.lost_answer_tokens / max(1, report.answer_tokens)
     if share > MAX_LOST_ANSWER_SHARE:
         demand(
-            f"{len(tally.dropped)} rows dropped and {len(tally.truncated)} truncated at "
-            f"{limit} tokens lose {share:.1%} of all answer tokens.",
-            f"Raise --max_seq_length (the longest row has {tally.longest} tokens).",
+            "{} rows are longer than {} tokens: {:.1%} of all answer tokens would be lost.".format(
+                report.checks["over_length"], limit, share
+            ),
+            f"Raise --max_seq_length (the longest row has {report.longest_example} tokens) "
+            "or shorten the rows.",
             config,
         )
 
 
-def log_preparation(
-    tally: Tally, report: QualityReport, train: "datasets.Dataset", held_out: "datasets.Dataset"
-) -> None:
-    """Log counts, token lengths and one example as it is trained."""
-    import numpy as np
-
+def log_quality(report: QualityReport) -> None:
+    """Log what the checks have found, and the worst rows."""
     log.info(
-        "%d rows: %d usable (quality score %.3f), %d rejected, %d dropped",
+        "%d rows: %d usable (quality score %.3f), %d rejected, %d dropped, %d truncated",
         report.total_examples,
         report.valid_examples,
         report.quality_score,
         report.total_examples - report.valid_examples,
-        len(tally.dropped),
+        report.dropped_examples,
+        report.truncated_examples,
     )
-    for name, count in report.checks.items():
-        log.info("  %-20s %d", name, count)
-    unused = len(tally.lengths) - len(train) - len(held_out)
+    for name, details in report.check_details.items():
+        log.info(
+            "  %-24s %6d  %-6s  %s", name, *(details[k] for k in ("count", "action", "meaning"))
+        )
+        for example in details["examples"]:
+            log.debug("      row %d: %s", example["row"], example["detail"])
+    bins = ", ".join(
+        f"{number / 10:.1f}-{number / 10 + 0.1:.1f}: {count}"
+        for number, count in enumerate(report.score_histogram)
+        if count
+    )
+    log.info("Row scores: mean %.3f (%s)", report.mean_score, bins)
+    for worst in report.worst_rows:
+        log.info(
+            "  row %d scores %.2f (%s): %s",
+            worst["row"],
+            worst["score"],
+            ", ".join(worst["checks"]),
+            shorten(worst["text"], 100),
+        )
+
+
+def log_examples(prepared: PreparedFiles, data: PreparedData) -> None:
+    """Log the split, token lengths and one example as it is trained."""
+    import numpy as np
+
+    unused = len(prepared.lengths) - len(data.train) - len(data.eval)
     log.info(
-        "Split with seed: %d to train, %d to evaluate%s",
-        len(train),
-        len(held_out),
+        "Split: %d to train, %d to evaluate%s",
+        len(data.train),
+        len(data.eval),
         f", {unused} unused (train_split + eval_split < 1)" if unused else "",
     )
-    lengths = np.array(tally.lengths)
+    lengths = prepared.lengths
     log.info(
-        "Tokens per example: mean %.0f, median %.0f, 95 %% under %.0f, longest %d; "
+        "Tokens per example: mean %.0f, median %.0f, 95 %% up to %.0f, longest %d; "
         "%d supervised of %d",
         lengths.mean(),
         *np.percentile(lengths, [50, 95]),
         lengths.max(),
-        int(lengths.sum()) - sum(tally.prompt_lengths),
-        int(lengths.sum()),
+        lengths.sum() - prepared.prompt_lengths.sum(),
+        lengths.sum(),
     )
-    example = train[0]
+    example = data.train[0]
     log.info(
-        "Row %d as it is trained, the supervised part between >>> and <<<:\n%s",
+        "Row %d as it is trained (what carries loss stands between >>> and <<<):\n%s>>>%s<<<",
         example["row"],
-        shorten_middle(example["prompt"]) + ">>>" + shorten_middle(example["answer"]) + "<<<",
+        shorten_middle(example["prompt"]),
+        shorten_middle(
+            str(data.tokenizer.decode(example["input_ids"][example["prompt_length"] :]))
+        ),
     )
+
+
+# --- the result is kept, so that the same data and settings are prepared only once
+
+PREPARED_SETS_KEPT = 5
+WORST_ROWS = 10
+MAX_LOST_ANSWER_SHARE = 0.01
+
+
+def preparation_key(file: DatasetFile, prep: Preparation) -> str:
+    """Return a name for the result that changes with anything that could change it."""
+    config, tokenizer = prep.config, prep.tokenizer
+    parts = [
+        file.sha256,
+        hash_file(Path(__file__), "sha256"),
+        tokenizer.backend_tokenizer.to_str(),
+        str(tokenizer.chat_template),
+        json.dumps([str(t) for t in tokenizer.all_special_tokens]),
+        json.dumps([prep.limit, config.overlong, config.system_prompt]),
+        "\n".join(map(repr, prep.rules)),
+    ]
+    parts += [package + importlib.metadata.version(package) for package in PREPARING_PACKAGES]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def build_prepared(file: DatasetFile, prep: Preparation, folder: Path) -> None:
+    """Prepare the data into `folder`."""
+    import datasets
+    import numpy as np
+
+    store_examples(file, prep, folder)
+    examples = datasets.Dataset.from_file(str(folder / EXAMPLES_FILE))
+    kept, families = np.empty(0, np.int64), np.empty(0, np.uint64)
+    if len(examples):
+        kept, families = relate_rows(prep.columns, prep.tally, folder, examples)
+    lengths, prompts = prove_stop_tokens(examples, prep)
+    report = build_quality_report(prep, examples)
+    np.savez(
+        folder / PLAN_FILE,
+        kept=kept,
+        families=families,
+        lengths=lengths[kept],
+        prompt_lengths=prompts[kept],
+    )
+    text = json.dumps(dataclasses.asdict(report), ensure_ascii=True)
+    (folder / REPORT_FILE).write_text(text, encoding="utf-8")
+    for scratch in (STEMS_FILE, BANDS_FILE):
+        (folder / scratch).unlink(missing_ok=True)
+    hashes = {
+        name: hash_file(folder / name, "sha256") for name in (EXAMPLES_FILE, PLAN_FILE, REPORT_FILE)
+    }
+    (folder / MANIFEST_FILE).write_text(json.dumps(hashes), encoding="utf-8")
+
+
+def load_prepared(folder: Path) -> PreparedFiles:
+    """Read a preparation; raise OSError, ValueError or KeyError where it is damaged."""
+    import datasets
+    import numpy as np
+
+    hashes = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    for name in (EXAMPLES_FILE, PLAN_FILE, REPORT_FILE):
+        if hashes[name] != hash_file(folder / name, "sha256"):
+            raise ValueError(f"{name} does not have the bytes that were written")
+    values: dict[str, Any] = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    values.update((name, tuple(v)) for name, v in values.items() if isinstance(v, list))
+    report = QualityReport(**values)
+    with np.load(folder / PLAN_FILE) as plan:
+        return PreparedFiles(
+            datasets.Dataset.from_file(str(folder / EXAMPLES_FILE)), report, **dict(plan)
+        )
+
+
+def prepare_files(file: DatasetFile, prep: Preparation) -> PreparedFiles:
+    """Take the preparation from the cache, or make it; a damaged one is made anew."""
+    cache = Path(prep.config.cache_dir) / "prepared"
+    folder = cache / preparation_key(file, prep)
+    if (folder / MANIFEST_FILE).exists():
+        try:
+            prepared = load_prepared(folder)
+            os.utime(folder)
+            log.info(
+                "Same data, settings and tokenizer as before: prepared examples from %s", folder
+            )
+            return prepared
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("The prepared examples in %s are damaged (%s): made anew", folder, error)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix="building-", dir=cache))
+        try:
+            build_prepared(file, prep, building)
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                building.rename(folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+        prune_prepared(cache)
+        return load_prepared(folder)
+    except OSError as error:
+        raise FineTuningError(
+            f"The prepared examples cannot be written to {cache}: {first_line(error)}",
+            hint="Free some disk space, or choose another folder with --cache_dir.",
+        ) from error
+
+
+def prune_prepared(cache: Path) -> None:
+    """Remove all but the preparations used last, and what killed runs left behind."""
+    found = sorted(cache.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
+    for folder in found[PREPARED_SETS_KEPT:]:
+        if not folder.name.startswith("building-") or time.time() - folder.stat().st_mtime > 86400:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def prepare_dataset(file: DatasetFile, config: FineTuningConfig) -> PreparedData:
     """Validate, score, split and tokenize the rows of `file`."""
     tokenizer = load_tokenizer(config.model_name)
-    limit = usable_length(config)
-    tally = Tally()
-    rows = usable_rows(file.path, config, tally)
-    path = Path(config.cache_dir) / "prepared" / f"{file.sha256[:16]}.arrow"
-    examples = write_examples(path, encode_rows(rows, tokenizer, limit, config, tally))
-    quality = build_quality_report(tally)
-    check_quality(quality, write_quality_report(quality, config), config)
-    check_lost_tokens(tally, limit, config)
-    prove_stop_tokens(examples, tokenizer, limit, len(tally.truncated))
-    sides = choose_sides(tally.question_keys, tally.lengths, config)
-    train, held_out = (
-        examples.select([i for i, side in enumerate(sides) if side == wanted])
-        for wanted in ("train", "eval")
-    )
-    log_preparation(tally, quality, train, held_out)
-    return PreparedData(
-        train=train,
-        eval=held_out,
+    prep = Preparation(
+        config=config,
         tokenizer=tokenizer,
-        quality=quality,
-        source=file,
-        max_seq_length=limit,
-        truncated_examples=len(tally.truncated),
-        dropped_examples=len(tally.dropped),
+        limit=usable_length(config),
+        marks=special_marks(tokenizer),
+        rules=load_plausibility_rules(config.plausibility_rules),
+        tally=Tally(),
+        columns=Columns(),
     )
+    prepared = prepare_files(file, prep)
+    report = prepared.report
+    path = write_quality_report(report, config)
+    if report.total_examples:
+        log_quality(report)
+    check_quality(report, path, config)
+    check_lost_tokens(report, prep.limit, config)
+    sides = choose_sides(prepared.families, prepared.lengths, config)
+    data = PreparedData(
+        train=prepared.examples.select(prepared.kept[sides == TRAIN]),
+        eval=prepared.examples.select(prepared.kept[sides == EVAL]),
+        tokenizer=tokenizer,
+        quality=report,
+        source=file,
+        max_seq_length=prep.limit,
+        truncated_examples=report.truncated_examples,
+        dropped_examples=report.dropped_examples,
+    )
+    log_examples(prepared, data)
+    log.info("Quality report: %s", path)
+    return data
 
 
 # ======================================================================================
