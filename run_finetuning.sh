@@ -119,7 +119,7 @@ how_to_get_python() {
     echo "     sudo apt install python3 python3-venv    Debian 12 or newer, Ubuntu 24.04 or newer"
     echo "     sudo dnf install python3.12              Fedora, Red Hat"
   fi
-  echo "   or, on any system and without administrator rights, uv, which fetches a Python by itself:"
+  echo "   or, on any system and without administrator rights, uv, which brings a Python:"
   echo "     curl -LsSf https://astral.sh/uv/install.sh | sh"
 }
 
@@ -195,8 +195,6 @@ install_requirements() {
 }
 
 prepare_venv() {
-  # pip answers Ctrl-C with an ordinary failure, which would read as a broken network.
-  trap 'say "Stopped. The next start begins the installation again."; exit 130' INT
   refuse_intel_macs
   find_python
   lock_venv
@@ -212,10 +210,12 @@ prepare_venv() {
     mv -f -- "$stamp.new" "$stamp"
   fi
   exec 9>&-
-  trap - INT
 }
 
 # --- start --------------------------------------------------------------------------------------
+
+# pip answers Ctrl-C with an ordinary failure, which would read as a broken network.
+trap 'say "Stopped. The same command begins again where it can."; exit 130' INT
 
 # --demo may stand anywhere; everything else stays as it is, in its order, empty arguments included.
 demo=no
@@ -240,6 +240,7 @@ if ! venv_is_ready; then
 fi
 
 if [ "$demo" = yes ]; then
+  # A model this small learns at a higher rate, and has no use for a GPU.
   "$venv/bin/python" "$root/tests/make_demo_model.py" "$root/cache/demo_model" ||
     fail "The demo's model could not be built (the reason is above)."
   command=train
@@ -254,6 +255,8 @@ if [ "$demo" = yes ]; then
     --model_name "$root/cache/demo_model" \
     --data_path "$root/tests/data/college_advisor_sample.json" \
     --output_dir demo_model \
+    --device cpu --min_disk_gb 1 --max_seq_length 512 \
+    --learning_rate 3e-3 --num_train_epochs 4 --warmup_steps 5 --eval_steps 20 --save_steps 40 \
     ${1+"$@"}
 fi
 

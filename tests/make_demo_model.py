@@ -204,7 +204,7 @@ def build_demo_model(folder: Path) -> None:
         model = make_llama(
             tokenizer.get_vocab_size(), hidden=128, layers=4, heads=4, context=512, spread=0.06
         )
-        pretrain(model, tokenizer, rows, passes=18, batch_size=16, peak_rate=4e-3)
+        pretrain(model, tokenizer, rows, passes=24, batch_size=16, peak_rate=4e-3)
         model.save_pretrained(scratch)
         files = {path.name: path.stat().st_size for path in scratch.iterdir()}
         write_json(scratch / MARKER, {"recipe": recipe(), "files": files})
