@@ -444,7 +444,7 @@ def open_log_file(folder: Path) -> Path:
                 path.touch(exist_ok=False)
                 return path
     except OSError as error:
-        raise FineTuningError(
+        raise UsageError(
             f"The log folder {folder} cannot be written: {error}",
             hint="Choose another one with --log_dir FOLDER.",
         ) from error
@@ -7098,8 +7098,8 @@ def parse_command_line(argv: Sequence[str]) -> "tuple[str, FineTuningConfig, Cha
         if command not in COMMANDS:
             near = difflib.get_close_matches(command, COMMANDS, 1)
             raise UsageError(
-                "There is no command {!r}{}.".format(
-                    command, f", did you mean {near[0]!r}?" if near else ""
+                "There is no command {!r}{}".format(
+                    command, f", did you mean {near[0]!r}?" if near else "."
                 ),
                 hint="Commands: " + ", ".join(COMMANDS) + ".",
             )
@@ -7122,16 +7122,12 @@ def parse_command_line(argv: Sequence[str]) -> "tuple[str, FineTuningConfig, Cha
 
 def describe_unknown(argument: str, command: str) -> str:
     """Say that a command-line argument is not known, with the nearest flag that is."""
-    flags = ["--" + name for name in config_fields()]
+    flags = list(config_fields())
     if command in COMMAND_OPTIONS:
-        flags += ["--" + name for name in config_fields(COMMAND_OPTIONS[command])]
-    near = difflib.get_close_matches(
-        argument.split("=")[0].replace("-", "_"), [f.replace("-", "_") for f in flags], 1
-    )
-    return "unknown argument {!r}{}".format(
-        argument,
-        ", did you mean --{}?".format(near[0].lstrip("_")) if near else "",
-    )
+        flags += config_fields(COMMAND_OPTIONS[command])
+    name = argument.split("=")[0].lstrip("-").replace("-", "_")
+    near = difflib.get_close_matches(name, flags, 1)
+    return f"unknown argument {argument!r}" + (f", did you mean --{near[0]}?" if near else "")
 
 
 def read_environment() -> list[Setting]:
