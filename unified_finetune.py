@@ -7156,6 +7156,8 @@ def read_environment() -> list[Setting]:
 def set_environment() -> None:
     """Set what libraries read when they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that wait for work sleep: spinning ones slow everything where other programs run too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
