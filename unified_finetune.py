@@ -282,7 +282,7 @@ class Setting:
 
 
 def build_config(settings: Sequence[Setting], problems: Sequence[str] = ()) -> FineTuningConfig:
-    """Build the configuration from settings, later ones winning, or refuse it with every problem."""
+    """Build the configuration from settings, later ones winning, or tell every problem."""
     wrong = list(problems)
     values: dict[str, Any] = {name: f.default for name, f in config_fields().items()}
     for setting in settings:
@@ -687,7 +687,7 @@ class PreparedData:
 class TrainResult:
     """Hold the trained model (the best adapter loaded), its metrics and its history."""
 
-    model: "PreTrainedModel"
+    model: "PeftModel"
     tokenizer: "PreTrainedTokenizerFast"
     metrics: "dict[str, Any]"
     history: "tuple[dict[str, float], ...]"
@@ -961,7 +961,7 @@ def self_test_losses(device: str, dtype: str) -> "list[float]":
     base = LlamaForCausalLM(shape)
     model = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj", "o_proj"]))
     install_engine(model)
-    model.get_base_model().to(device)
+    model.to(device)
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, dtype))
@@ -1242,7 +1242,7 @@ def run_preflight(config: FineTuningConfig) -> PreflightReport:
     if failed:
         raise FineTuningError(
             f"{len(failed)} of {len(checks)} checks failed: {', '.join(c.name for c in failed)}.",
-            hint=f"Put these right and start again (these checks alone: {program_command()} check).",
+            hint=f"Put these right and start again (the checks alone: {program_command()} check).",
         )
     return PreflightReport(tuple(checks), device, dtype)
 
@@ -4864,7 +4864,7 @@ def lay_out(examples: Sequence[Example], device: str) -> Pass:
         keep += range(start + prompt - 1 - shared, start + own)
         targets += tokens[prompt:]
 
-    def tensor(values: list[int]) -> "torch.Tensor":
+    def tensor(values: "list[int] | list[list[int]]") -> "torch.Tensor":
         return torch.tensor(values, device=device)
 
     return Pass(
@@ -4934,7 +4934,7 @@ def packed_attention(
 
 
 @functools.cache
-def engine_functions() -> "tuple[type, type]":
+def engine_functions() -> "tuple[type[torch.autograd.Function], type[torch.autograd.Function]]":
     """Build the two autograd functions (torch is imported only when training needs it)."""
     import torch
 
@@ -5067,7 +5067,13 @@ def load_base_model(config: FineTuningConfig, device: str, dtype: str) -> "PreTr
             hint="Its config.json and safetensors must belong to a causal language model and be "
             "whole; delete the folder and fetch it again if in doubt.",
         ) from error
-    return model.to(device)
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps it without its types
+    return model
+
+
+def base_of(model: "PeftModel") -> "PreTrainedModel":
+    """Return the base model that carries the adapter."""
+    return typing.cast("PreTrainedModel", model.get_base_model())
 
 
 def check_target_modules(model: "PreTrainedModel", names: Sequence[str]) -> None:
@@ -5120,15 +5126,16 @@ def install_engine(model: "PeftModel") -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, packed_attention)
-    model.get_base_model().set_attn_implementation(ATTENTION)
+    base_of(model).set_attn_implementation(ATTENTION)
     for module in model.modules():
         if isinstance(module, lora.Linear):
-            module.forward = functools.partial(fast_lora_forward, module)
+            # An attribute of the instance wins over the method of its class.
+            vars(module)["forward"] = functools.partial(fast_lora_forward, module)
 
 
 def pass_loss(model: "PeftModel", layout: Pass) -> "torch.Tensor":
     """Return the sum of the cross-entropies of a pass's supervised tokens (a scalar, fp32)."""
-    base = model.get_base_model()
+    base = base_of(model)
     hidden = base.get_decoder()(
         input_ids=layout.input_ids,
         position_ids=layout.position_ids,
@@ -5156,7 +5163,7 @@ def prove_engine(model: "PeftModel", examples: "datasets.Dataset", device: str) 
     chosen = sorted(
         examples.select(range(min(64, len(examples)))), key=lambda e: len(e["input_ids"])
     )[:2]
-    base = model.get_base_model()
+    base = base_of(model)
     model.eval()
     with torch.inference_mode():
         layout = lay_out(chosen, device)
@@ -5382,6 +5389,8 @@ if TYPE_CHECKING:
         bar: "Progress"
         sampler: SeedableRandomSampler
         record: dict[str, float]  # of the step in hand
+        optimizer: torch.optim.Optimizer
+        lr_scheduler: torch.optim.lr_scheduler.LambdaLR
         evaluating: bool
 
 
@@ -5508,12 +5517,12 @@ def train_step(trainer: "LoraTrainer", run: RunState, examples: Sequence[Example
         failures += 1
         step = trainer.state.global_step + 1
         log.warning("Step %d: the loss or a gradient is not finite (loss %s)", step, loss)
-        half = next(model.get_base_model().parameters()).dtype != torch.float32
+        half = next(base_of(model).parameters()).dtype != torch.float32
         if failures == 1:
             log.warning("  computing the step once more")
         elif failures == 2 and half:
             log.warning("  going on with the base model in float32")
-            for parameter in model.get_base_model().parameters():
+            for parameter in base_of(model).parameters():
                 parameter.data = parameter.data.float()
         else:
             raise DeviceGaveUp(f"step {step} gives no finite numbers on {device.type}")
@@ -5548,7 +5557,7 @@ def relieve_memory(trainer: "LoraTrainer", run: RunState, examples: Sequence[Exa
 
 def recompute_activations(model: "PeftModel") -> None:
     """Turn gradient checkpointing on; the inputs need no gradient, so it must not be reentrant."""
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    base_of(model).gradient_checkpointing_enable({"use_reentrant": False})
 
 
 @functools.cache
@@ -5559,10 +5568,10 @@ def trainer_class() -> "type[LoraTrainer]":
     from torch.utils.data import DataLoader
     from trl import SFTTrainer
 
-    class LoraTrainer(SFTTrainer):
+    class EngineTrainer(SFTTrainer):
         """Run `train_step` on whole effective batches, and keep the run's own record."""
 
-        def get_train_dataloader(self) -> DataLoader:
+        def get_train_dataloader(self):
             """Yield whole effective batches, in SFTTrainer's order, to every process alike."""
             workers = self.config.dataloader_num_workers
             self.sampler = SeedableRandomSampler(self.train_dataset, data_seed=self.args.seed)
@@ -5589,7 +5598,7 @@ def trainer_class() -> "type[LoraTrainer]":
             self.record = {"loss": loss, "seconds": time.monotonic() - started}
             return torch.tensor(loss, device=self.args.device)
 
-        def floating_point_ops(self, inputs) -> int:  # noqa: ARG002
+        def floating_point_ops(self, inputs):  # noqa: ARG002
             """Count nothing: the engine's batches are not the tensors that transformers counts."""
             return 0
 
@@ -5599,22 +5608,22 @@ def trainer_class() -> "type[LoraTrainer]":
             self.record["learning_rate"] = self.optimizer.param_groups[0]["lr"]
             return norm
 
-        def evaluate(self, *_args, **_kwargs) -> "dict[str, float]":
+        def evaluate(self, *_args, **_kwargs):
             """Evaluate on the periodic examples and remember the best adapter."""
             return evaluate_run(self)
 
-        def _save_checkpoint(self, model, trial) -> None:  # noqa: ARG002
+        def _save_checkpoint(self, model, trial):  # noqa: ARG002
             write_checkpoint(self)
 
-        def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:  # noqa: ARG002
+        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):  # noqa: ARG002
             folder = Path(resume_from_checkpoint)
             load_adapter_weights(self.model, folder / "adapter_model.safetensors")
 
-    return LoraTrainer
+    return typing.cast("type[LoraTrainer]", EngineTrainer)
 
 
 @functools.cache
-def callback_class() -> "type[TrainerCallback]":
+def callback_class() -> "Callable[[LoraTrainer], TrainerCallback]":
     """Build the callback that keeps sampler, record and console in step with the trainer."""
     from transformers import TrainerCallback
 
@@ -5693,7 +5702,7 @@ def write_checkpoint(trainer: "LoraTrainer") -> None:
     try:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
-        trainer.model.peft_config["default"].save_pretrained(staged)
+        trainer.model.peft_config["default"].save_pretrained(str(staged))
         save_file(weights, staged / "adapter_model.safetensors")
         if trainer.best:
             save_file(trainer.best, staged / BEST_ADAPTER)
@@ -5798,7 +5807,6 @@ def build_trainer(
         args=trainer_arguments(config, device),
         train_dataset=data.train,
         eval_dataset=data.eval,
-        data_collator=list,
         processing_class=data.tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
@@ -5968,7 +5976,7 @@ def finish_training(
     eval_loss = mean_loss(model, data.eval, budget, device)
     with model.disable_adapter():
         eval_loss_before = mean_loss(model, data.eval, budget, device)
-    model.get_base_model().set_attn_implementation("sdpa")
+    base_of(model).set_attn_implementation("sdpa")
     trainable, total = model.get_nb_trainable_parameters()
     log.info(
         "  eval loss %.4f before, %.4f after (the adapter of step %d)",
@@ -6054,10 +6062,8 @@ def choose_checkpoint(config: FineTuningConfig, data: PreparedData) -> "Path | N
             )
         refuse_differences(differences(read_progress(checkpoint)["identity"], identity), checkpoint)
         return checkpoint
-    checkpoint = newest_whole_checkpoint(output)
-    theirs = finished_identity(output)
-    if checkpoint:
-        theirs = read_progress(checkpoint)["identity"]
+    newest = newest_whole_checkpoint(output)
+    theirs = read_progress(newest)["identity"] if newest else finished_identity(output)
     if theirs is None:
         return None
     different = differences(theirs, identity)
@@ -6066,7 +6072,7 @@ def choose_checkpoint(config: FineTuningConfig, data: PreparedData) -> "Path | N
     if different or config.overwrite or config.resume == "never":
         remove_run(output)
         return None
-    return checkpoint
+    return newest
 
 
 def refuse_differences(different: Sequence[str], place: Path) -> None:
@@ -6164,7 +6170,7 @@ def save_results(result: TrainResult, data: PreparedData, config: FineTuningConf
     try:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
-        result.model.peft_config["default"].save_pretrained(staged)
+        result.model.peft_config["default"].save_pretrained(str(staged))
         weights = adapter_weights(result.model)
         save_file(weights, staged / "adapter_model.safetensors", metadata={"format": "pt"})
         write_tokenizer(result.tokenizer, config, staged)
@@ -6234,7 +6240,7 @@ def answer_samples(result: TrainResult, data: PreparedData) -> "list[Sample]":
                             result.model, result.tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS
                         )
                     )
-            question = result.tokenizer.decode(prompt, skip_special_tokens=True)
+            question = str(result.tokenizer.decode(prompt, skip_special_tokens=True))
             samples.append(Sample(question, example["answer"], *answers))
             bar.advance()
     return samples

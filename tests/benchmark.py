@@ -325,7 +325,7 @@ def main() -> None:
 
 def compare(args: argparse.Namespace, model: Path, precision: str, variants: "list[str]") -> dict:
     """Run the variants in turn and print a row for each."""
-    runs: "dict[str, list[dict]]" = {v: [] for v in variants}
+    runs: dict[str, list[dict]] = {v: [] for v in variants}
     rates = []
     for _ in range(args.rounds):
         for variant in variants:
@@ -349,7 +349,8 @@ def compare(args: argparse.Namespace, model: Path, precision: str, variants: "li
     rate = statistics.median(rates)
     print(f"\n{precision}, {args.layers} layers, GEMM {rate:.0f} GFLOP/s, {os.cpu_count()} cores")
     print(
-        f"{'variant':<16}{'examples/s':>11}{'ratio':>7}{'tokens/s':>10}{'padded':>8}{'peak GB':>9}{'of GEMM':>9}{'eval ex/s':>11}{'ratio':>7}"
+        f"{'variant':<16}{'examples/s':>11}{'ratio':>7}{'tokens/s':>10}{'padded':>8}"
+        f"{'peak GB':>9}{'of GEMM':>9}{'eval ex/s':>11}{'ratio':>7}"
     )
     rows = {}
     for variant, results in runs.items():

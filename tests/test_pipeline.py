@@ -131,7 +131,7 @@ BAD_INPUT = {
     "wrong keys": (lambda p: p.write_text('[{"heading": "a", "body": "b"}]' ), "heading"),
     "binary junk": (lambda p: p.write_bytes(bytes(range(256)) * 40), "not"),
     "only empty outputs": (
-        lambda p: p.write_text(json.dumps([{"instruction": f"q{i}", "output": ""} for i in range(20)])),
+        lambda p: p.write_text(json.dumps([{"instruction": "q", "output": ""}] * 20)),
         "None of the 20 rows is usable",
     ),
     "numbers for text": (

@@ -320,7 +320,7 @@ def test_a_loss_that_stays_not_finite_stops_the_run(prepare, monkeypatch, tmp_pa
     [
         "CUDA out of memory. Tried to allocate 2.00 GiB.",
         "MPS backend out of memory (MPS allocated: 17.00 GB)",
-        "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes.",
+        "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory: you tried",
         "DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes. Error code 12",
     ],
 )
@@ -429,9 +429,9 @@ def program_arguments(program: Path, tmp_path, tiny_model, sample_data) -> "list
     data = write_rows(tmp_path, sample_data, 120)
     return [
         str(program), "--data_path", str(data), "--model_name", str(tiny_model),
-        "--device", "cpu", "--max_seq_length", "512", "--yes", "--num_train_epochs", "2", "--save_steps", "3",
-        "--eval_steps", "4", "--logging_steps", "1", "--learning_rate", "1e-3", "--warmup_steps", "2",
-        "--min_disk_gb", "0", "--early_stopping_patience", "50",
+        "--device", "cpu", "--max_seq_length", "512", "--yes", "--num_train_epochs", "2",
+        "--save_steps", "3", "--eval_steps", "4", "--logging_steps", "1", "--learning_rate", "1e-3",
+        "--warmup_steps", "2", "--min_disk_gb", "0", "--early_stopping_patience", "50",
     ]  # fmt: skip
 
 
