@@ -3,21 +3,21 @@
 #   tests/run.sh                         everything
 #   tests/run.sh tests/test_cli.py -x    what pytest is told
 #   tests/run.sh --setup                 only make the environments
-# PYTHON names the interpreter to make them with (default: the first fitting one on PATH).
+# PYTHON names the interpreter to make them with, if not the first fitting one on PATH.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
 find_python() {
   local candidate
-  for candidate in ${PYTHON:-python3.13 python3.12 python3.11 python3}; do
+  for candidate in ${PYTHON:+"$PYTHON"} python3.13 python3.12 python3.11 python3; do
     if "$candidate" -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
       2>/dev/null; then
       echo "$candidate"
       return
     fi
   done
-  echo "tests/run.sh needs Python 3.11, 3.12 or 3.13 with venv; PYTHON=... names one." >&2
+  echo "tests/run.sh needs Python 3.11, 3.12 or 3.13 with venv; PYTHON can name one." >&2
   return 1
 }
 
@@ -31,13 +31,12 @@ ensure_venv() {
   fi
   echo "Making $venv" >&2
   python=$(find_python)
-  local install=("$python" -m venv --clear "$venv")
-  "${install[@]}"
-  install=("$venv/bin/python" -m pip install --quiet --prefer-binary --disable-pip-version-check)
+  "$python" -m venv --clear "$venv"
+  local arguments=(--quiet --prefer-binary --disable-pip-version-check)
   for file in "$@"; do
-    install+=(--requirement "$file")
+    arguments+=(--requirement "$file")
   done
-  "${install[@]}" >&2
+  "$venv/bin/python" -m pip install "${arguments[@]}" >&2
   cat "$@" >"$stamp"
 }
 
