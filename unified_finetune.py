@@ -580,6 +580,9 @@ def first_line(error: BaseException) -> str:
 
 def program_command() -> str:
     """Return how to start the program from the current folder."""
+    if Path(sys.prefix) == PROGRAM_FOLDER / "venv_finetune":
+        path = os.path.relpath(PROGRAM_FOLDER / "run_finetuning.sh")
+        return shlex.quote(path if "/" in path else f"./{path}")
     return shlex.join([Path(sys.executable).name, os.path.relpath(Path(__file__).resolve())])
 
 
@@ -4946,7 +4949,7 @@ def engine_functions() -> "tuple[type[torch.autograd.Function], type[torch.autog
         """
 
         @staticmethod
-        def forward(ctx, hidden, weight, bias, targets):  # type: ignore[override]
+        def forward(ctx, hidden, weight, bias, targets):
             gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             for start in range(0, len(targets), HEAD_CHUNK):
@@ -4964,7 +4967,7 @@ def engine_functions() -> "tuple[type[torch.autograd.Function], type[torch.autog
             return total
 
         @staticmethod
-        def backward(ctx, upstream):  # type: ignore[override]
+        def backward(ctx, upstream):
             (gradient,) = ctx.saved_tensors
             return gradient * upstream.to(gradient.dtype), None, None, None
 
@@ -4976,7 +4979,7 @@ def engine_functions() -> "tuple[type[torch.autograd.Function], type[torch.autog
         """
 
         @staticmethod
-        def forward(ctx, x, weight, bias, lora_a, lora_b, scale, mask):  # type: ignore[override]
+        def forward(ctx, x, weight, bias, lora_a, lora_b, scale, mask):
             a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
             rank = torch.nn.functional.linear(x if mask is None else x * mask, a)
             y = torch.nn.functional.linear(x, weight, bias)
@@ -4986,7 +4989,7 @@ def engine_functions() -> "tuple[type[torch.autograd.Function], type[torch.autog
             return y
 
         @staticmethod
-        def backward(ctx, upstream):  # type: ignore[override]
+        def backward(ctx, upstream):
             x, weight, a, b, rank, mask = ctx.saved_tensors
             through_b = torch.matmul(upstream, b).mul_(ctx.scale)
             grad_a = torch.matmul(through_b.t(), x if mask is None else x * mask)
@@ -6240,7 +6243,9 @@ def answer_samples(result: TrainResult, data: PreparedData) -> "list[Sample]":
                             result.model, result.tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS
                         )
                     )
-            question = str(result.tokenizer.decode(prompt, skip_special_tokens=True))
+            # Role markers such as <|user|> are ordinary text to Llama's tokenizer.
+            text = str(result.tokenizer.decode(prompt, skip_special_tokens=True))
+            question = re.sub(r"<\|\w+\|>", "", text).strip()
             samples.append(Sample(question, example["answer"], *answers))
             bar.advance()
     return samples
