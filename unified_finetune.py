@@ -1231,10 +1231,9 @@ def run_preflight(config: FineTuningConfig) -> PreflightReport:
             check_r2(config),
             check_model(config),
         ]
-        model_is_there = checks[-1].outcome != "failed"
         device_check, device, dtype = check_device(config)
         checks.append(device_check)
-        if model_is_there:
+        if not any(c.name == "base model" and c.outcome == "failed" for c in checks):
             checks.append(check_memory(config, device, dtype))
     for check in checks:
         mark = {"ok": "ok  ", "warning": "WARN", "failed": "FAIL"}[check.outcome]
