@@ -41,6 +41,7 @@ import faulthandler
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
@@ -1013,7 +1014,7 @@ def check_python() -> Check:
     return Check("python", "ok", f"{version} ({sys.executable})")
 
 
-def check_packages() -> Check:
+def check_packages(config: FineTuningConfig) -> Check:
     """Compare the installed packages with the tested pins."""
     from importlib import metadata
 
@@ -1043,6 +1044,13 @@ def check_packages() -> Check:
     install = (
         f"pip install -r {PROGRAM_FOLDER / TESTED_PACKAGES}  (or start with ./run_finetuning.sh)"
     )
+    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
+        return Check(
+            "packages",
+            "failed",
+            f"--report_to {config.report_to} needs a package that is missing",
+            f"{sys.executable} -m pip install {config.report_to}",
+        )
     if missing:
         return Check("packages", "failed", f"missing: {', '.join(missing)}", install)
     if other:
@@ -1221,7 +1229,7 @@ def check_device(config: FineTuningConfig) -> "tuple[Check, str, str]":
 
 def run_preflight(config: FineTuningConfig) -> PreflightReport:
     """Check everything a run needs and choose the device; raise once, with all that is wrong."""
-    checks = [check_python(), check_packages()]
+    checks = [check_python(), check_packages(config)]
     if checks[-1].outcome != "failed":  # the other checks need the packages
         quiet_libraries()
         checks += [
