@@ -40,7 +40,6 @@ import errno
 import faulthandler
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -572,6 +571,43 @@ def progress_bar(total: int, unit: str, description: str, initial: int = 0) -> "
 def is_main_process() -> bool:
     """Tell whether this process prints, downloads and saves (with several, one does)."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def process_count() -> int:
+    """Return how many processes train together (accelerate launch)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def once_for_all(work: "Callable[[], T]") -> "T":
+    """Do something in the main process only, and give its result to all of them."""
+    if process_count() == 1:
+        return work()
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    PartialState()
+    outcome: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            outcome[0] = work()
+        except FineTuningError as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return typing.cast("T", outcome[0])
+
+
+@contextlib.contextmanager
+def main_process_first() -> Iterator[None]:
+    """Let the main process through first, so that the others find what it left in the cache."""
+    if process_count() == 1:
+        yield
+        return
+    from accelerate import PartialState
+
+    with PartialState().main_process_first():
+        yield
 
 
 def first_line(error: BaseException) -> str:
@@ -4635,6 +4671,8 @@ MAX_LOST_ANSWER_SHARE = 0.01
 
 def preparation_key(file: DatasetFile, prep: Preparation) -> str:
     """Return a name for the result that changes with anything that could change it."""
+    from importlib import metadata
+
     config, tokenizer = prep.config, prep.tokenizer
     parts = [
         file.sha256,
@@ -4645,7 +4683,7 @@ def preparation_key(file: DatasetFile, prep: Preparation) -> str:
         json.dumps([prep.limit, config.overlong, config.system_prompt]),
         "\n".join(map(repr, prep.rules)),
     ]
-    parts += [package + importlib.metadata.version(package) for package in PREPARING_PACKAGES]
+    parts += [package + metadata.version(package) for package in PREPARING_PACKAGES]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
@@ -6043,7 +6081,7 @@ def train_lora(
             when no device gives finite numbers.
     """
     device, dtype = report.device, report.dtype
-    checkpoint = choose_checkpoint(config, data)
+    checkpoint = once_for_all(lambda: choose_checkpoint(config, data))
     for _ in range(3):
         try:
             return train_on(data, config, device, dtype, checkpoint)
@@ -7001,8 +7039,8 @@ def run(config: FineTuningConfig) -> RunArtifacts:
         report = run_preflight(config)
         claim_output_folder(config)
     with stage(2, "download"):
-        file = fetch_dataset(config)
-    with stage(3, "prepare"):
+        file = once_for_all(lambda: fetch_dataset(config))
+    with stage(3, "prepare"), main_process_first():
         data = prepare_dataset(file, config)
     finished = find_finished_run(config, data)
     if finished:
@@ -7010,7 +7048,7 @@ def run(config: FineTuningConfig) -> RunArtifacts:
     with stage(4, "train"):
         result = train_lora(data, report, config)
     with stage(5, "save"):
-        return save_results(result, data, config)
+        return once_for_all(lambda: save_results(result, data, config))
 
 
 def run_check(config: FineTuningConfig) -> None:

@@ -534,3 +534,30 @@ def test_a_second_run_on_one_output_folder_is_refused_while_the_first_lives(comm
     finally:
         first.kill()
         first.wait()
+
+
+def test_two_processes_train_the_model_that_one_trains(command, tmp_path):
+    arguments, environment = command
+    arguments = [*arguments[1:], "--lora_dropout", "0", "--num_train_epochs", "1"]
+    launch = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no",
+    ]  # fmt: skip
+    histories = []
+    for start, output in (([sys.executable], "one"), (launch, "two")):
+        done = subprocess.run(
+            [*start, *arguments, "--output_dir", output],
+            env={**environment, "OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == output + "\n"
+        checkpoints = (tmp_path / output).glob("checkpoint-*")
+        checkpoint = max(checkpoints, key=lambda folder: int(folder.name.split("-")[1]))
+        progress = json.loads((checkpoint / "progress.json").read_text())
+        histories.append([r["loss"] for r in progress["history"] if "loss" in r])
+    assert len(histories[0]) >= 4
+    assert histories[1] == pytest.approx(histories[0], abs=1e-5)
