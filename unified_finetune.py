@@ -5440,6 +5440,8 @@ if TYPE_CHECKING:
         optimizer: torch.optim.Optimizer
         lr_scheduler: torch.optim.lr_scheduler.LambdaLR
         evaluating: bool
+        plan: "Plan"
+        measured: int  # steps that this process has taken
 
 
 stop_signal = 0  # the first signal that arrived while training; read between forward passes
@@ -5643,7 +5645,11 @@ def trainer_class() -> "type[LoraTrainer]":
             self.run.input_tokens += sum(length for length, _ in tokens)
             self.run.supervised_tokens += supervised
             self.run.loss_sum += loss * supervised
-            self.record = {"loss": loss, "seconds": time.monotonic() - started}
+            self.record = {
+                "loss": loss,
+                "seconds": time.monotonic() - started,
+                "tokens": sum(length for length, _ in tokens),
+            }
             return torch.tensor(loss, device=self.args.device)
 
         def floating_point_ops(self, inputs):  # noqa: ARG002
@@ -5783,6 +5789,15 @@ def note_step(trainer: "LoraTrainer") -> None:
         }
     )
     trainer.bar.move_to(state.global_step, f"loss {record['loss']:.3f}")
+    trainer.measured += 1
+    if trainer.measured == 2:  # the first step warms up
+        done = state.global_step / state.max_steps
+        left = trainer.plan.seconds(record["seconds"] / record["tokens"], done)
+        log.info(
+            "  a step takes %s: about %s left",
+            human_seconds(record["seconds"]),
+            human_seconds(left),
+        )
     every = trainer.config.logging_steps
     if state.global_step % every == 0 or state.global_step == state.max_steps:
         losses = [r["loss"] for r in run.history[-2 * every :] if "loss" in r][-every:]
@@ -5798,6 +5813,85 @@ def note_step(trainer: "LoraTrainer") -> None:
             speed,
             human_seconds(left),
         )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Hold what a run will be: optimizer steps, tokens to compute, evaluations on the way."""
+
+    steps: int
+    train_tokens: int
+    evaluation_tokens: int
+
+    def seconds(self, seconds_per_token: float, done: float = 0) -> float:
+        """Estimate the time that is left after a share `done`, from the price of a trained token.
+
+        A token costs half as much to evaluate: there is no backward pass.
+        """
+        tokens = (1 - done) * (self.train_tokens + self.evaluation_tokens / 2)
+        return tokens * seconds_per_token
+
+
+def make_plan(data: PreparedData, config: FineTuningConfig) -> Plan:
+    """Count what the run will compute."""
+    steps = total_steps(config, len(data.train))
+    train = sum(len(ids) for ids in data.train["input_ids"])
+    held_out = sum(len(ids) for ids in data.eval["input_ids"])
+    share = min(1, periodic_examples(config) / len(data.eval))
+    periodic = steps // config.eval_steps + 2  # before the first step and after the last, too
+    return Plan(
+        steps,
+        round(train * steps * effective_batch(config) / len(data.train)),
+        round(held_out * (share * periodic + 2)),  # in the end all of them, without and with
+    )
+
+
+def log_plan(data: PreparedData, config: FineTuningConfig) -> None:
+    """Say what the run will be before it starts."""
+    plan = make_plan(data, config)
+    log.info(
+        "  plan: %d steps of %d examples, %s tokens to train on, %s to evaluate",
+        plan.steps,
+        effective_batch(config),
+        f"{plan.train_tokens:,}",
+        f"{plan.evaluation_tokens:,}",
+    )
+    if config.warmup_steps >= plan.steps and config.lr_scheduler_type != "constant":
+        log.warning(
+            "  warmup_steps %d: the run has only %d steps, so the learning rate never reaches %g",
+            config.warmup_steps,
+            plan.steps,
+            config.learning_rate,
+        )
+
+
+def estimate_run(data: PreparedData, report: PreflightReport, config: FineTuningConfig) -> None:
+    """Compute the gradients of two steps, time the second, and print what the run would take."""
+    model = add_adapter(load_base_model(config, report.device, report.dtype), config)
+    budget, reason = choose_budget(config, report.device, report.dtype)
+    install_engine(model)
+    model.train()
+    log_parameters(model)
+    log_plan(data, config)
+    size = effective_batch(config)
+    seconds = tokens = 0.0
+    for step in range(2):
+        first = step * size % len(data.train)
+        examples = list(data.train.select(range(first, min(first + size, len(data.train)))))
+        lengths = [len(e["input_ids"]) for e in examples]
+        started = time.monotonic()
+        for indices in plan_passes(lengths, budget):
+            layout = lay_out([examples[i] for i in indices], report.device)
+            pass_loss(model, layout).backward()
+        seconds, tokens = time.monotonic() - started, sum(lengths)
+    left = make_plan(data, config).seconds(seconds / tokens)
+    log.info("  forward passes of at most %d tokens: %s at most", budget, reason)
+    log.info(
+        "  a measured step took %s, so the run takes about %s; %s in use at its peak so far",
+        human_seconds(seconds),
+        human_seconds(left),
+        human_bytes(peak_memory(report.device)),
+    )
 
 
 def trainer_arguments(config: FineTuningConfig, device: str) -> "SFTConfig":
@@ -5860,6 +5954,7 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(callback_class()(trainer))
     trainer.run, trainer.config, trainer.best, trainer.evaluating = run, config, {}, False
+    trainer.plan, trainer.measured = make_plan(data, config), 0
     trainer.periodic = data.eval.select(range(min(len(data.eval), periodic_examples(config))))
     return trainer
 
@@ -5894,6 +5989,7 @@ def train_on(
     run = start_run(data, config, device, dtype, checkpoint)
     if run.recompute:
         recompute_activations(model)
+    log_plan(data, config)
     install_engine(model)
     prove_engine(model, data.train, device)
     trainer = build_trainer(data, config, model, run, device)
@@ -7060,11 +7156,12 @@ def run_check(config: FineTuningConfig) -> None:
 def run_data(config: FineTuningConfig) -> None:
     """Run stages 1 to 3 and print what a training would be."""
     with stage(1, "preflight"):
-        run_preflight(config)
+        report = run_preflight(config)
     with stage(2, "download"):
         file = fetch_dataset(config)
     with stage(3, "prepare"):
-        prepare_dataset(file, config)
+        data = prepare_dataset(file, config)
+        estimate_run(data, report, config)
 
 
 # ======================================================================================
