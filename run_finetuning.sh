@@ -79,7 +79,8 @@ is_apples_placeholder() {
 }
 
 get_python_from_uv() {
-  export UV_PYTHON_PREFERENCE=only-managed # the system's own were looked at before
+  # Only its own, for those on PATH were looked at before; and no links to it in ~/.local/bin.
+  export UV_PYTHON_PREFERENCE=only-managed UV_PYTHON_INSTALL_BIN=0
   uv python install 3.12 >&2 && uv python find 3.12
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests in environments of their own, which are made on the first run (about 1 GB).
+# Run the tests in environments of their own, which are made on the first run (1.7 GB).
 #   tests/run.sh                         everything
 #   tests/run.sh tests/test_cli.py -x    what pytest is told
 #   tests/run.sh --setup                 only make the environments
