@@ -6148,7 +6148,7 @@ def finish_training(
         "train_examples": len(data.train),
         "eval_examples": len(data.eval),
         "truncated_examples": data.truncated_examples,
-        "dropped_examples": len(data.quality.rejected),
+        "dropped_examples": len(data.quality.rejected) + data.dropped_examples,
         "resumed_from_step": resumed_from or None,
         "data_sha256": data.source.sha256,
     }
