@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import make_demo_model
 import pytest
 from conftest import ROOT, CliResult
 
@@ -93,7 +94,7 @@ class Project:
     def start(self, *args: str, cwd: "Path | None" = None, **env: str) -> CliResult:
         """Run the launcher to its end."""
         process = self.popen(*args, cwd=cwd, **env)
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=900)
         return CliResult(process.returncode, stdout, stderr)
 
 
@@ -491,6 +492,107 @@ def test_a_demo_model_that_cannot_be_built_ends_the_demo(demo_project: Project):
     assert (result.code, result.stdout) == (11, "")
     assert "disk full" in result.stderr
     assert "could not be built" in result.stderr
+
+
+def test_the_whole_demo_on_the_real_program(bare_project: Project, tmp_path: Path):
+    for name in ("unified_finetune.py", "requirements-finetuning.txt"):
+        shutil.copy(ROOT / name, bare_project.root)
+    shutil.copytree(ROOT / "tests" / "data", bare_project.root / "tests" / "data")
+    shutil.copy(ROOT / "tests" / "make_demo_model.py", bare_project.root / "tests")
+    bare_project.add_python("python3.12")
+    result = bare_project.start("--demo", cwd=tmp_path)
+    assert (result.code, result.stdout) == (0, "demo_model\n"), result.stderr
+    metrics = json.loads((tmp_path / "demo_model" / "training_metrics.json").read_text())
+    assert metrics["eval_loss"] < 0.5 * metrics["eval_loss_before"]
+    assert re.search(r"before +\S.*\n +after +\S", result.stderr)
+    losses = [float(loss) for loss in re.findall(r"step \d+/\d+  loss (\S+)", result.stderr)]
+    assert losses[-1] < 0.5 * losses[0]
+    again = bare_project.start("--demo", cwd=tmp_path)
+    assert (again.code, again.stdout) == (0, "demo_model\n")
+    assert "This run is finished" in again.stderr
+    assert "Making the demo's base model" not in again.stderr
+
+
+# --- the demo's model
+
+
+@pytest.fixture
+def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the minute of pre-training."""
+    monkeypatch.setattr(make_demo_model, "pretrain", lambda *args, **kwargs: None)
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "tokenizer.json", make_demo_model.MARKER])
+def test_an_incomplete_demo_model_is_built_again(untrained: None, tmp_path: Path, lost: str):
+    folder = tmp_path / "cache" / "demo_model"
+    assert make_demo_model.main(folder) == 0
+    assert make_demo_model.is_current(folder)
+    (folder / lost).write_text("cut short")
+    assert not make_demo_model.is_current(folder)
+    (tmp_path / "cache" / ".demo_model.killed").mkdir()
+    assert make_demo_model.main(folder) == 0
+    assert make_demo_model.is_current(folder)
+    assert sorted(path.name for path in folder.parent.iterdir()) == [
+        "demo_model",
+        "demo_model.lock",
+    ]
+
+
+def test_a_whole_demo_model_is_left_alone(untrained: None, tmp_path: Path, capsys):
+    folder = tmp_path / "demo_model"
+    make_demo_model.main(folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    capsys.readouterr()
+    assert make_demo_model.main(folder) == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert capsys.readouterr() == ("", "")
+
+
+def test_another_sample_makes_another_demo_model(
+    untrained: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "demo_model"
+    make_demo_model.main(folder)
+    sample = tmp_path / "sample.json"
+    sample.write_text('[{"instruction": "Why?", "input": "", "output": "Because."}]')
+    monkeypatch.setattr(make_demo_model, "SAMPLE", sample)
+    assert not make_demo_model.is_current(folder)
+
+
+def test_a_demo_model_that_cannot_be_written_is_told_in_one_line(tmp_path: Path, capsys):
+    (tmp_path / "file").touch()
+    assert make_demo_model.main(tmp_path / "file" / "demo_model") == 1
+    assert re.fullmatch(r"make_demo_model\.py: .*Not a directory.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("build", ["tiny", "demo"])
+def test_the_tokenizer_is_built_like_tinyllama_s(
+    untrained: None, tmp_path: Path, assets: Path, build: str
+):
+    folder = tmp_path / build
+    {"tiny": make_demo_model.build_tiny_model, "demo": make_demo_model.build_demo_model}[build](
+        folder
+    )
+    real = assets / "tokenizers" / "tinyllama-1.1b-chat"
+    ours, theirs = (json.loads((path / "tokenizer.json").read_text()) for path in (folder, real))
+    our_model, their_model = ours.pop("model"), theirs.pop("model")
+    assert ours == theirs
+    for model in (our_model, their_model):
+        model["first_ids"] = {token: i for token, i in model.pop("vocab").items() if i < 259}
+        del model["merges"]
+    assert our_model == their_model
+    settings, template = (
+        json.loads((path / "tokenizer_config.json").read_text()) for path in (folder, real)
+    )
+    assert settings["chat_template"] == template["chat_template"]
+    assert settings["pad_token"] == template["pad_token"] == "</s>"
+
+
+def test_no_piece_of_the_tokenizer_crosses_a_line_or_a_word(untrained: None, tmp_path: Path):
+    make_demo_model.build_demo_model(tmp_path / "demo")
+    vocab = json.loads((tmp_path / "demo" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert len(vocab) == 2000
+    assert [piece for piece in vocab if "\n" in piece or "▁" in piece[1:]] == []
 
 
 # --- the script itself
