@@ -13,6 +13,7 @@ Commands:
   python unified_finetune.py check    stage 1 alone: everything wrong, each with its remedy
   python unified_finetune.py data     stages 1-3: quality report, token statistics, the plan
   python unified_finetune.py chat     talk to the trained adapter
+  python unified_finetune.py export   write it as a merged model folder or as a GGUF file
 
 Exit codes: 0 success, 2 bad flags or config, 11-15 the stage that failed (11 preflight, 12
 download, 13 prepare, 14 train, 15 save), 16 chat or export, 130 Ctrl-C, 143 SIGTERM, 1 unexpected.
@@ -40,6 +41,7 @@ import errno
 import faulthandler
 import functools
 import hashlib
+import heapq
 import importlib.util
 import io
 import itertools
@@ -74,16 +76,20 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TextIO
 
 if TYPE_CHECKING:
     import datasets
+    import gguf
+    import numpy
     import torch
     from accelerate.data_loader import SeedableRandomSampler
     from botocore.exceptions import ClientError
     from datasets.arrow_writer import ArrowWriter
     from numpy.typing import NDArray
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from peft.tuners import lora
     from tqdm import tqdm
     from transformers import (
         GenerationConfig,
+        LlamaConfig,
+        LlamaModel,
         PreTrainedModel,
         PreTrainedTokenizerFast,
         TrainerCallback,
@@ -451,14 +457,20 @@ def open_log_file(folder: Path) -> Path:
     raise FineTuningError(f"A thousand runs started in one second in {folder}.")
 
 
-def quiet_libraries() -> None:
-    """Send what transformers and datasets say to the log file, and switch their bars off."""
-    import datasets
-    import transformers
+def quiet_transformers() -> None:
+    """Send what transformers says to the log file, and switch its bars off."""
+    from transformers.utils import logging as transformers_logging
 
-    transformers.logging.disable_default_handler()
-    transformers.logging.enable_propagation()
-    transformers.logging.disable_progress_bar()
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
+    transformers_logging.disable_progress_bar()
+
+
+def quiet_libraries() -> None:
+    """Do the same for all libraries of the training."""
+    import datasets
+
+    quiet_transformers()
     datasets.disable_progress_bars()
 
 
@@ -6580,10 +6592,20 @@ class AdapterFolder:
         """Return the file of its tensors."""
         return self.path / "adapter_model.safetensors"
 
-    @property
-    def tokenizer_source(self) -> str:
+    def base_folder(self) -> Path:
+        """Return the local folder of its base model, fetched where that is not cached."""
+        try:
+            return base_model_folder(self.base_model)
+        except FineTuningError as error:
+            raise FineTuningError(
+                f"The adapter's base model is not there. {error}",
+                hint=f"{self.path / 'adapter_config.json'} names it (base_model_name_or_path): "
+                "write its Hugging Face id or its folder there.",
+            ) from error
+
+    def tokenizer_folder(self) -> Path:
         """Return where its tokenizer is: with the adapter, or else with the base model."""
-        return str(self.path) if (self.path / "tokenizer.json").is_file() else self.base_model
+        return self.path if (self.path / "tokenizer.json").is_file() else self.base_folder()
 
 
 @dataclass(frozen=True)
@@ -6698,15 +6720,6 @@ def choose_serving_device(config: FineTuningConfig) -> "tuple[str, str]":
     return device, "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
 
 
-def hush_transformers() -> None:
-    """Send what transformers has to say to the log, and keep its bars off the console."""
-    from transformers.utils import logging as library_logging
-
-    library_logging.disable_default_handler()
-    library_logging.enable_propagation()
-    library_logging.disable_progress_bar()
-
-
 def attach_adapter(model: "PreTrainedModel", adapter: AdapterFolder, device: str) -> "PeftModel":
     """Put the adapter on its base model; raise FineTuningError where the two do not fit."""
     from peft import PeftModel, get_peft_model_state_dict
@@ -6740,12 +6753,13 @@ def load_served_model(config: FineTuningConfig) -> ServedModel:
     ).is_file()
     adapter = None if is_merged else read_adapter_folder(folder)
     device, dtype = choose_serving_device(config)
-    hush_transformers()
-    source = str(folder) if adapter is None else adapter.base_model
-    tokenizer = load_tokenizer(source if adapter is None else adapter.tokenizer_source)
+    quiet_transformers()
+    source = folder if adapter is None else adapter.base_folder()
+    tokenizer = load_tokenizer(str(folder if adapter is None else adapter.tokenizer_folder()))
     model: PreTrainedModel | PeftModel
     try:
-        model = load_base_model(dataclasses.replace(config, model_name=source), device, dtype)
+        settings = dataclasses.replace(config, model_name=str(source))
+        model = load_base_model(settings, device, dtype)
         if adapter is not None:
             model = attach_adapter(model, adapter, device)
     except (RuntimeError, MemoryError) as error:
@@ -6953,8 +6967,18 @@ def drop_old_turns(conversation: ChatState, served: ServedModel, max_new_tokens:
 
 def write_out(text: str) -> None:
     """Write to stdout at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        # Python flushes stdout once more at its end, and would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise FineTuningError("Nobody reads the answer any more: stdout was closed.") from error
+
+
+def at_terminal() -> bool:
+    """Tell whether somebody sits at stdin."""
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def stream_answer(
@@ -6993,7 +7017,7 @@ def answer_turn(
         said.append(piece)
         write_out(piece)
 
-    labelled = options.compare or (sys.stdin.isatty() and options.prompt is None)
+    labelled = options.compare or (options.prompt is None and at_terminal())
     try:
         drop_old_turns(conversation, served, options.max_new_tokens)
         if options.compare:
@@ -7003,7 +7027,7 @@ def answer_turn(
         write_out("tuned> " * labelled)
         stream_answer(served, conversation, options, seed, show)
     except KeyboardInterrupt:
-        if options.prompt is not None or not sys.stdin.isatty():
+        if options.prompt is not None or not at_terminal():
             raise
         write_out("\n")
         log.info("(stopped)")
@@ -7042,7 +7066,9 @@ def obey_command(line: str, conversation: ChatState) -> None:
 
 def read_line() -> "str | None":
     """Return the next line from the user, editable on a terminal; None at the end of input."""
-    if sys.stdin.isatty() and sys.stdout.isatty():
+    if sys.stdin is None:  # closed by whoever started the program
+        return None
+    if at_terminal() and sys.stdout.isatty():
         try:
             return input("you> ")
         except EOFError:
@@ -7062,7 +7088,7 @@ def converse(served: ServedModel, conversation: ChatState, options: ChatOptions,
         try:
             line = read_line()
         except KeyboardInterrupt:
-            if not sys.stdin.isatty():
+            if not at_terminal():
                 raise
             write_out("\n")
             log.info("(/quit or Ctrl-D ends the chat)")
@@ -7075,7 +7101,7 @@ def converse(served: ServedModel, conversation: ChatState, options: ChatOptions,
             try:
                 answer_turn(served, conversation, clean_text(line), options, seed)
             except FineTuningError as error:
-                if not sys.stdin.isatty():
+                if not at_terminal():
                     raise
                 log.error("%s %s", error, error.hint)
 
@@ -7108,6 +7134,1352 @@ def is_peft(served: ServedModel) -> bool:
     from peft import PeftModel
 
     return isinstance(served.model, PeftModel)
+
+
+# ======================================================================================
+# Export
+# ======================================================================================
+
+
+# A merged weight is base + B·A·scale, in fp32, whatever the base is stored in. Tensors are read,
+# merged and written one at a time, so that memory holds a few of them and never a model; the check
+# afterwards reads the written file back in the same way, layer by layer.
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Hold the flags of `export`."""
+
+    # fmt: off
+    # ruff: disable[E501]
+    format: "str | None" = option(None, "merged: a model folder for transformers, vLLM and mlx-lm; gguf: a file for Ollama, llama.cpp and LM Studio", choices=("merged", "gguf"))
+    outtype: str = option("f16", "number format of the weights (q8_0: gguf only)", choices=("f32", "f16", "bf16", "q8_0"))
+    export_dir: "str | None" = option(None, "folder to write, instead of merged or gguf in output_dir")
+    install: "str | None" = option(None, "also hand the GGUF to Ollama under this name")
+    # ruff: enable[E501]
+    # fmt: on
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with options that are fine one by one."""
+        if self.format is None:
+            yield "--format is missing: merged or gguf"
+        if self.format == "merged" and self.outtype == "q8_0":
+            yield "--outtype q8_0 exists in GGUF files only; for merged take f32, f16 or bf16"
+        if self.format == "merged" and self.install is not None:
+            yield "--install needs --format gguf, which is what Ollama reads"
+        if self.install is not None and not re.fullmatch(r"[A-Za-z0-9][\w.:/-]*", self.install):
+            yield f"--install must be a name like my-model or me/my-model:v1, not {self.install!r}"
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """Hold what is exported: the base's tensors by name, the adapter's, and their tokenizer."""
+
+    adapter: AdapterFolder
+    base: Path
+    model_config: "LlamaConfig"
+    lora: "LoraConfig"
+    tokenizer: "PreTrainedTokenizerFast"
+    shapes: "dict[str, tuple[int, ...]]"  # every tensor of the merged model, in its order
+    files: "dict[str, Path]"  # where the base keeps each
+    system_prompt: "str | None"
+
+    @property
+    def layers(self) -> int:
+        """Return the number of decoder layers."""
+        return int(self.model_config.num_hidden_layers)
+
+    @property
+    def rope_theta(self) -> float:
+        """Return the base of the rotary position angles."""
+        return float(rope_settings(self.model_config)["rope_theta"])
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of weights."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def base_tensor(self, name: str) -> "torch.Tensor":
+        """Read one tensor of the base model, in fp32."""
+        return read_tensor(self.files[name], name).float()
+
+    def update(self, name: str) -> "tuple[torch.Tensor, torch.Tensor] | None":
+        """Read A [r, in] and B [out, r] of one weight, in fp32; None where it has no adapter."""
+        stem = "base_model.model." + name.removesuffix(".weight")
+        if f"{stem}.lora_A.weight" not in self.adapter_names:
+            return None
+        a, b = (read_tensor(self.adapter.weights, f"{stem}.lora_{x}.weight") for x in "AB")
+        return a.float(), b.float()
+
+    @functools.cached_property
+    def adapter_names(self) -> "frozenset[str]":
+        """Return the names of the adapter's tensors."""
+        return frozenset(tensor_names(self.adapter.weights))
+
+    def merged_tensor(self, name: str) -> "torch.Tensor":
+        """Return one weight of the merged model, in fp32, summed in the order of PEFT's merge."""
+        weight = self.base_tensor(name)
+        update = self.update(name)
+        if update is not None:
+            a, b = update
+            weight = weight + (b @ a) * self.scale
+        return weight
+
+    @property
+    def scale(self) -> float:
+        """Return the factor of the adapter's product."""
+        rank = self.lora.r
+        return self.lora.lora_alpha / (math.sqrt(rank) if self.lora.use_rslora else rank)
+
+
+def rope_settings(model_config: "LlamaConfig") -> "dict[str, Any]":
+    """Return how positions are rotated: rope_theta and rope_type, wherever config.json had them."""
+    return dict(model_config.rope_parameters or {})
+
+
+def damaged_file(path: Path, error: Exception) -> FineTuningError:
+    """Return the error that says that a file of tensors cannot be read."""
+    return FineTuningError(
+        f"{path} is damaged: {first_line(error)}",
+        hint="It is incomplete or was changed; get it again.",
+    )
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Return the names of the tensors in a safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise damaged_file(path, error) from error
+
+
+def read_tensor(path: Path, name: str) -> "torch.Tensor":
+    """Read one tensor of a safetensors file; opened anew each time, so that no mapping stays."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise damaged_file(path, error) from error
+
+
+def open_export_source(config: FineTuningConfig) -> ExportSource:
+    """Find the adapter and its base, and refuse what cannot be merged tensor by tensor."""
+    from peft import LoraConfig
+    from transformers import AutoConfig, LlamaConfig
+
+    adapter = read_adapter_folder(Path(config.output_dir))
+    quiet_transformers()
+    base = adapter.base_folder()
+    try:
+        model_config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        lora = typing.cast("LoraConfig", LoraConfig.from_pretrained(str(adapter.path)))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FineTuningError(
+            f"The settings of {base} or of {adapter.path} cannot be read: {first_line(error)}",
+            hint="config.json and adapter_config.json must be as they were saved.",
+        ) from error
+    if not isinstance(model_config, LlamaConfig) or model_config.model_type != "llama":
+        raise FineTuningError(
+            f"{adapter.base_model} is of type {model_config.model_type!r}; only Llama models (such "
+            "as TinyLlama) can be exported.",
+            hint="For other models use PEFT's merge_and_unload and llama.cpp's own converter.",
+        )
+    trained_prompt = read_trained_system_prompt(adapter.path)
+    source = ExportSource(
+        adapter,
+        base,
+        model_config,
+        lora,
+        load_tokenizer(str(adapter.tokenizer_folder())),
+        expected_tensors(model_config),
+        base_tensor_files(base),
+        trained_prompt if config.system_prompt is None else config.system_prompt,
+    )
+    check_base_tensors(source)
+    check_adapter_tensors(source)
+    return source
+
+
+def expected_tensors(model_config: "LlamaConfig") -> "dict[str, tuple[int, ...]]":
+    """Return the name and the shape of every weight that such a model has."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(model_config)
+    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+
+
+def base_tensor_files(base: Path) -> "dict[str, Path]":
+    """Return in which file of the base model each tensor is."""
+    index = base / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise damaged_file(index, ValueError("it has no weight_map"))
+        return {name: base / str(file) for name, file in weight_map.items()}
+    single = base / "model.safetensors"
+    return {name: single for name in tensor_names(single)}
+
+
+def check_base_tensors(source: ExportSource) -> None:
+    """Refuse a base with missing, additional, quantized or wrongly shaped tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    tied = {"lm_head.weight"} if source.model_config.tie_word_embeddings else set()
+    surplus = [
+        name
+        for name in source.files.keys() - source.shapes.keys() - tied
+        if not name.endswith("rotary_emb.inv_freq")  # old checkpoints keep what is computed
+    ]
+    missing = source.shapes.keys() - source.files.keys()
+    if missing or surplus:
+        name = min(missing or surplus)
+        raise FineTuningError(
+            f"The base model in {source.base} {'lacks' if missing else 'also has'} the tensor "
+            f"{name}, unlike a plain Llama.",
+            hint="Quantized models and models with additions cannot be merged; export from the "
+            "original one.",
+        )
+    plain = ("F32", "F16", "BF16", "F64")
+    for name, shape in source.shapes.items():
+        try:
+            with safe_open(source.files[name], framework="pt") as file:
+                found = file.get_slice(name)
+                kind, found_shape = found.get_dtype(), tuple(found.get_shape())
+        except (OSError, SafetensorError) as error:
+            raise damaged_file(source.files[name], error) from error
+        if kind not in plain or found_shape != shape:
+            raise FineTuningError(
+                f"{name} of the base model is {kind} {list(found_shape)}; expected were "
+                f"floating-point numbers {list(shape)}.",
+                hint="Quantized models cannot be merged; export from the original one.",
+            )
+
+
+# What a LoRA may differ in from PEFT's defaults and still be W + B·A·scale in every layer.
+PLAIN_LORA_SETTINGS = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout",
+    "use_rslora", "megatron_core", "runtime_config",
+}  # fmt: skip
+
+
+def check_adapter_tensors(source: ExportSource) -> None:
+    """Refuse an adapter that is more than a product of two matrices per weight."""
+    from peft import LoraConfig
+
+    defaults = LoraConfig().to_dict()
+    special = [
+        f"{name} {value!r}"
+        for name, value in source.lora.to_dict().items()
+        if name not in PLAIN_LORA_SETTINGS and value != defaults.get(name)
+    ]
+    if special:
+        raise FineTuningError(
+            f"The adapter uses {', '.join(special)}; only plain LoRA can be exported.",
+            hint="Merge it with PEFT's merge_and_unload instead.",
+        )
+    expected = {}
+    for name, shape in source.shapes.items():
+        stem = "base_model.model." + name.removesuffix(".weight")
+        expected[f"{stem}.lora_A.weight"] = (source.lora.r, shape[-1])
+        expected[f"{stem}.lora_B.weight"] = (shape[0], source.lora.r)
+    for name in sorted(source.adapter_names):
+        shape = tuple(read_tensor(source.adapter.weights, name).shape)
+        partner = name.replace(".lora_A.", ".lora_?.").replace(".lora_B.", ".lora_A.")
+        partner = partner.replace(".lora_?.", ".lora_B.")
+        if expected.get(name) != shape or partner not in source.adapter_names:
+            raise FineTuningError(
+                f"The adapter's tensor {name} {list(shape)} does not fit the model "
+                f"{source.adapter.base_model}.",
+                hint="base_model_name_or_path in adapter_config.json must name the model that it "
+                "was trained on.",
+            )
+    layers = [
+        {n.partition(f".layers.{i}.")[2] for n in source.adapter_names if f".layers.{i}." in n}
+        for i in range(source.layers)
+    ]
+    if any(layer != layers[0] for layer in layers) or not layers[0]:
+        raise FineTuningError(
+            "The adapter does not change the same weights in every layer.",
+            hint="Its file is incomplete, or it was trained with layers_to_transform.",
+        )
+
+
+# --- Where an export goes, and how it gets there: staged beside, checked, then renamed.
+
+BYTES_PER_WEIGHT = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
+
+
+def model_name(config: FineTuningConfig) -> str:
+    """Return a name for the exported model: that of its folder, in characters safe everywhere."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.output_dir).resolve().name).strip("-.")
+    return name or "model"
+
+
+def export_folder(config: FineTuningConfig, options: ExportOptions) -> Path:
+    """Return the folder to write."""
+    return Path(options.export_dir or Path(config.output_dir) / str(options.format))
+
+
+def check_export_space(folder: Path, source: ExportSource, outtype: str) -> None:
+    """Refuse before the work what would fill the disk in the middle of it."""
+    needed = source.parameters * BYTES_PER_WEIGHT[outtype] + 100e6
+    free = shutil.disk_usage(existing_parent(folder)).free
+    if free < needed:
+        raise FineTuningError(
+            f"The export needs {human_bytes(needed)} at {folder}; {human_bytes(free)} are free.",
+            hint="Free some space, name another disk with --export_dir, or take a smaller "
+            "--outtype.",
+        )
+
+
+@contextlib.contextmanager
+def staging_folder(folder: Path) -> Iterator[Path]:
+    """Give a hidden folder beside `folder` to write into; whatever happens, it is removed."""
+    staged = folder.parent / f".staging-{folder.name}"
+    try:
+        shutil.rmtree(staged, ignore_errors=True)  # left by a killed export
+        staged.mkdir(parents=True)
+        yield staged
+    except OSError as error:
+        raise FineTuningError(
+            f"The export cannot be written to {folder}: {error.strerror or error}",
+            hint="Make room there, change its permissions, or choose --export_dir.",
+        ) from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def publish_files(staged: Path, folder: Path, names: Sequence[str]) -> None:
+    """Move staged files to their final names, flushed to the disk, in this order."""
+    for name in names:
+        (staged / name).chmod(0o644)
+        flush_to_disk(staged / name)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (staged / name).replace(folder / name)
+    flush_to_disk(folder)
+    flush_to_disk(folder.parent)
+
+
+def publish_model_folder(staged: Path, folder: Path) -> None:
+    """Give a staged folder its final name; one that stands there moves aside until that is done."""
+    for path in staged.iterdir():
+        path.chmod(0o644)
+        flush_to_disk(path)
+    staged.chmod(0o755)
+    flush_to_disk(staged)
+    aside = folder.parent / f".replaced-{folder.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        folder.rename(aside)
+    staged.rename(folder)
+    flush_to_disk(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+LARGEST_WEIGHT = {"f32": 3.4e38, "f16": 65504.0, "bf16": 3.38e38, "q8_0": 65504.0 * 127}
+
+
+def check_range(name: str, weight: "torch.Tensor", outtype: str) -> None:
+    """Refuse a weight that is no number, or that the number format cannot hold."""
+    low, high = (float(value) for value in weight.aminmax())  # NaN if there is one
+    largest = max(-low, high)
+    if not math.isfinite(largest):
+        raise FineTuningError(
+            f"{name} holds NaN or infinite numbers after merging.",
+            hint="The base model's files are damaged, or the training diverged.",
+        )
+    if largest > LARGEST_WEIGHT[outtype]:
+        raise FineTuningError(
+            f"{name} has values up to {largest:.0f}, too large for {outtype}.",
+            hint="Take --outtype bf16 or f32.",
+        )
+
+
+def encode_tensor(name: str, weight: "torch.Tensor", outtype: str) -> "torch.Tensor":
+    """Return a weight in the export's floating-point format; refuse what does not fit into it."""
+    import torch
+
+    check_range(name, weight, outtype)
+    kinds = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+    return weight.to(kinds[outtype]).contiguous()
+
+
+# --- Format 1: a merged model folder.
+
+SAFETENSORS_NAMES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+TORCH_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
+
+def write_merged_weights(source: ExportSource, outtype: str, path: Path) -> None:
+    """Write the merged weights as one safetensors file, a tensor at a time.
+
+    The format is a length (u64), a JSON header with every tensor's place, and the bytes; the
+    library's own writer wants all tensors in memory at once.
+    """
+    import torch
+
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in source.shapes.items():
+        begin, end = end, end + round(math.prod(shape) * BYTES_PER_WEIGHT[outtype])
+        header[name] = {
+            "dtype": SAFETENSORS_NAMES[outtype],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        with progress_bar(len(source.shapes), "tensors", "merging") as progress:
+            for name in source.shapes:
+                tensor = encode_tensor(name, source.merged_tensor(name), outtype)
+                tensor.view(torch.uint8).numpy().tofile(file)
+                progress.advance()
+
+
+def write_merged_folder(source: ExportSource, outtype: str, folder: Path) -> None:
+    """Write a model folder that transformers, vLLM, mlx-lm and llama.cpp's converter load."""
+    write_merged_weights(source, outtype, folder / "model.safetensors")
+    settings = read_json_object(source.base / "config.json")
+    # Readers differ in where they look: each value stands in its old place and in its new one.
+    settings.update(
+        architectures=["LlamaForCausalLM"],
+        dtype=TORCH_NAMES[outtype],
+        torch_dtype=TORCH_NAMES[outtype],
+        rope_theta=source.rope_theta,
+        rope_parameters=rope_settings(source.model_config),
+    )
+    write_json(folder / "config.json", settings)
+    if (source.base / "generation_config.json").is_file():
+        shutil.copyfile(source.base / "generation_config.json", folder / "generation_config.json")
+    copy_tokenizer(source, folder)
+    if (source.adapter.path / CONFIG_FILE).is_file():  # chat reads the system message there
+        shutil.copyfile(source.adapter.path / CONFIG_FILE, folder / CONFIG_FILE)
+
+
+def copy_tokenizer(source: ExportSource, folder: Path) -> None:
+    """Write the tokenizer so that every reader splits text as in training."""
+    source.tokenizer.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer.model", "special_tokens_map.json"):
+        for place in (source.adapter.path, source.base):
+            if (place / name).is_file():
+                shutil.copyfile(place / name, folder / name)
+                break
+    settings = read_json_object(folder / "tokenizer_config.json")
+    settings["chat_template"] = source.tokenizer.chat_template
+    # Under a Llama class, transformers 5 rebuilds the tokenizer and splits text after </s> in
+    # another way; this one takes tokenizer.json as it is, in every version.
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for unportable in ("backend", "is_local", "local_files_only"):
+        settings.pop(unportable, None)
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+# --- Format 2: GGUF.
+
+
+def check_gguf_support(source: ExportSource) -> None:
+    """Refuse what a GGUF file of a Llama, or this program, cannot express."""
+    config = source.model_config
+    rope = str(rope_settings(config).get("rope_type", "default"))
+    reasons = {
+        f"rope scaling ({rope})": rope != "default",
+        "biases in its layers": config.attention_bias or config.mlp_bias,
+        f"the activation {config.hidden_act}": config.hidden_act != "silu",
+        f"{len(source.tokenizer)} tokens for {config.vocab_size} embeddings": (
+            len(source.tokenizer) > config.vocab_size
+        ),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise FineTuningError(
+                f"{source.adapter.base_model} has {reason}; that cannot be converted to GGUF here.",
+                hint="Export with --format merged and use llama.cpp's convert_hf_to_gguf.py.",
+            )
+    tokenizer = json.loads(source.tokenizer.backend_tokenizer.to_str())
+    model, normalizer = tokenizer["model"], json.dumps(tokenizer["normalizer"] or {})
+    is_sentencepiece = (
+        model["type"] == "BPE"
+        and model.get("byte_fallback")
+        and "<0x0A>" in model["vocab"]
+        and '"Replace"' in normalizer
+        and not tokenizer["pre_tokenizer"]
+    )
+    if not is_sentencepiece:
+        raise FineTuningError(
+            f"The tokenizer of {source.adapter.base_model} is not of the SentencePiece-BPE kind "
+            "that Llama 1 and 2 and TinyLlama have, so it cannot be converted to GGUF here.",
+            hint="Export with --format merged and use llama.cpp's convert_hf_to_gguf.py.",
+        )
+
+
+def permute_rotary(weight: "torch.Tensor", heads: int) -> "torch.Tensor":
+    """Reorder the rows of q or k [heads * head_dim, in] from half-split to interleaved pairs.
+
+    transformers rotates row i with row i + head_dim / 2, llama.cpp rotates neighbours.
+    """
+    rows = weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1])
+    return rows.transpose(1, 2).reshape(weight.shape)
+
+
+def unpermute_rotary(weight: "torch.Tensor", heads: int) -> "torch.Tensor":
+    """Undo `permute_rotary`."""
+    rows = weight.reshape(heads, weight.shape[0] // heads // 2, 2, weight.shape[1])
+    return rows.transpose(1, 2).reshape(weight.shape)
+
+
+def rotary_heads(source: ExportSource, name: str) -> "int | None":
+    """Return the number of heads in a weight whose rows are rotated; None for all others."""
+    if name.endswith("self_attn.q_proj.weight"):
+        return int(source.model_config.num_attention_heads)
+    if name.endswith("self_attn.k_proj.weight"):
+        return key_heads(source)
+    return None
+
+
+def key_heads(source: ExportSource) -> int:
+    """Return the number of key and value heads, fewer than query heads under grouped attention."""
+    config = source.model_config
+    return int(config.num_key_value_heads or config.num_attention_heads)
+
+
+def gguf_tensor_names(source: ExportSource) -> "dict[str, str]":
+    """Return each weight's name in a GGUF file."""
+    import gguf
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, source.layers)
+    found = {name: names.get_name(name, try_suffixes=(".weight",)) for name in source.shapes}
+    assert all(found.values())
+    return {name: str(value) for name, value in found.items()}
+
+
+def gguf_type(shape: "tuple[int, ...]", outtype: str) -> "gguf.GGMLQuantizationType":
+    """Return the number format of one tensor: vectors stay in fp32, as in llama.cpp's converter."""
+    import gguf
+
+    kinds = gguf.GGMLQuantizationType
+    if len(shape) == 1:
+        return kinds.F32
+    if outtype == "q8_0" and shape[-1] % 32:  # rows are quantized in blocks of 32
+        return kinds.F16
+    return {"f32": kinds.F32, "f16": kinds.F16, "bf16": kinds.BF16, "q8_0": kinds.Q8_0}[outtype]
+
+
+def gguf_bytes(
+    name: str, weight: "torch.Tensor", kind: "gguf.GGMLQuantizationType"
+) -> "numpy.ndarray":
+    """Return a weight in its GGUF number format."""
+    import gguf
+    import torch
+
+    if kind == gguf.GGMLQuantizationType.Q8_0:
+        check_range(name, weight, "q8_0")
+        return gguf.quantize(weight.contiguous().numpy(), kind)
+    encoded = encode_tensor(name, weight, kind.name.lower())
+    return encoded.view(torch.uint8).numpy()
+
+
+def write_gguf(source: ExportSource, config: FineTuningConfig, outtype: str, path: Path) -> None:
+    """Write the merged model, its tokenizer and its card as one GGUF file, a tensor at a time."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    try:
+        add_model_card(writer, source, config)
+        add_architecture(writer, source, outtype)
+        add_vocabulary(writer, source)
+        names = gguf_tensor_names(source)
+        for name, shape in source.shapes.items():
+            kind = gguf_type(shape, outtype)
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            length = math.prod(shape) // block * size
+            writer.add_tensor_info(names[name], shape, numpy_float32(), length, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        with progress_bar(len(source.shapes), "tensors", "converting") as progress:
+            for name, shape in source.shapes.items():
+                weight = source.merged_tensor(name)
+                heads = rotary_heads(source, name)
+                if heads is not None:
+                    weight = permute_rotary(weight, heads)
+                writer.write_tensor_data(gguf_bytes(name, weight, gguf_type(shape, outtype)))
+                progress.advance()
+    finally:
+        writer.close()
+
+
+def numpy_float32() -> "numpy.dtype":
+    """Return NumPy's fp32: GGUF's own formats are named beside it."""
+    import numpy
+
+    return numpy.dtype(numpy.float32)
+
+
+def add_model_card(
+    writer: "gguf.GGUFWriter", source: ExportSource, config: FineTuningConfig
+) -> None:
+    """Write what the model is: its name, its base and how it was trained."""
+    import gguf
+
+    base = source.adapter.base_model
+    folder = Path(base)
+    is_hub_id = not folder.is_absolute() and base.count("/") == 1 and not folder.is_dir()
+    label = base.rpartition("/")[2]
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(model_name(config))
+    writer.add_basename(label)
+    writer.add_finetune(model_name(config))
+    writer.add_size_label(gguf.size_label(source.parameters, 0, 0, 0))
+    writer.add_description(
+        f"{label} fine-tuned with LoRA (rank {source.lora.r}, alpha {source.lora.lora_alpha}) by "
+        f"unified_finetune {__version__}; the adapter is merged in. SHA-256 of the adapter: "
+        f"{sha256_of(source.adapter.weights)}"
+    )
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, label)
+    if is_hub_id:
+        writer.add_base_model_organization(0, base.partition("/")[0])
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
+    writer.add_tags(["text-generation", "lora"])
+
+
+def add_architecture(writer: "gguf.GGUFWriter", source: ExportSource, outtype: str) -> None:
+    """Write the shape of the network."""
+    import gguf
+
+    config = source.model_config
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(source.layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(key_heads(source))
+    writer.add_key_length(head_size(source))
+    writer.add_value_length(head_size(source))
+    writer.add_rope_dimension_count(head_size(source))
+    writer.add_rope_freq_base(source.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    kinds = gguf.LlamaFileType
+    file_types = {
+        "f32": kinds.ALL_F32,
+        "f16": kinds.MOSTLY_F16,
+        "bf16": kinds.MOSTLY_BF16,
+        "q8_0": kinds.MOSTLY_Q8_0,
+    }
+    writer.add_file_type(file_types[outtype])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def head_size(source: ExportSource) -> int:
+    """Return the width of one attention head."""
+    config = source.model_config
+    return int(config.head_dim or config.hidden_size // config.num_attention_heads)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Hold a tokenizer as GGUF has it: a piece, a score and a type per token."""
+
+    pieces: "list[str]"
+    scores: "list[float]"
+    types: "list[int]"
+    bos: int
+    adds_space: bool
+
+
+def build_vocabulary(source: ExportSource) -> Vocabulary:
+    """Return the tokenizer's pieces with scores that make llama.cpp merge in the same order."""
+    import gguf
+
+    kinds = gguf.TokenType
+    description = json.loads(source.tokenizer.backend_tokenizer.to_str())
+    model = description["model"]
+    size = source.model_config.vocab_size
+    pieces = [f"[PAD{i}]" for i in range(size)]  # embeddings without a token, as llama.cpp has them
+    types = [int(kinds.UNUSED)] * size
+    scores = [-1e6] * size
+    for piece, i in model["vocab"].items():
+        pieces[i] = piece
+        is_byte = re.fullmatch("<0x[0-9A-F]{2}>", piece)
+        types[i] = int(kinds.BYTE if is_byte else kinds.NORMAL)
+    for rank, merge in enumerate(model["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        i = model["vocab"][left + right]
+        scores[i] = max(scores[i], -float(rank + 1))
+    for token in description["added_tokens"]:
+        i = token["id"]
+        pieces[i] = token["content"]
+        types[i] = int(kinds.CONTROL if token["special"] else kinds.USER_DEFINED)
+        if token["content"] == model.get("unk_token"):
+            types[i] = int(kinds.UNKNOWN)
+    for i, kind in enumerate(types):
+        if kind != kinds.NORMAL:
+            scores[i] = 0.0
+    adds_space = '"Prepend"' in json.dumps(description["normalizer"] or {})
+    return Vocabulary(pieces, scores, types, bos_token_id(source), adds_space)
+
+
+def bos_token_id(source: ExportSource) -> int:
+    """Return the token before every prompt; -1 where the tokenizer puts none."""
+    first = tokenize_rendered(source.tokenizer, "a")[:1]
+    bos = special_id(source.tokenizer, "bos")
+    return bos if first == [bos] else -1
+
+
+def special_id(tokenizer: "PreTrainedTokenizerFast", role: str) -> int:
+    """Return the id of the bos, eos, unk or pad token; -1 where there is none."""
+    token = tokenizer.special_tokens_map.get(role + "_token")
+    return -1 if token is None else int(tokenizer.get_vocab()[str(token)])
+
+
+def add_vocabulary(writer: "gguf.GGUFWriter", source: ExportSource) -> None:
+    """Write the tokenizer and the chat template."""
+    vocabulary, tokenizer = build_vocabulary(source), source.tokenizer
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(vocabulary.pieces)
+    writer.add_token_scores(vocabulary.scores)
+    writer.add_token_types(vocabulary.types)
+    special = {
+        "bos": writer.add_bos_token_id,
+        "eos": writer.add_eos_token_id,
+        "unk": writer.add_unk_token_id,
+        "pad": writer.add_pad_token_id,
+    }
+    for role, add in special.items():
+        if special_id(tokenizer, role) >= 0:
+            add(special_id(tokenizer, role))
+    writer.add_add_bos_token(vocabulary.bos >= 0)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(vocabulary.adds_space)
+    writer.add_chat_template(str(tokenizer.chat_template))
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """Hold a GGUF file that was read back: its vocabulary, its template, and where tensors are."""
+
+    path: Path
+    vocabulary: Vocabulary
+    chat_template: str
+    places: "dict[str, tuple[int, int, gguf.GGMLQuantizationType, tuple[int, ...]]]"
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        """Read one tensor, in fp32; read and not mapped, so that memory does not fill up."""
+        import gguf
+        import numpy
+        import torch
+
+        offset, length, kind, shape = self.places[name]
+        data = numpy.fromfile(self.path, numpy.uint8, length, offset=offset)
+        if kind == gguf.GGMLQuantizationType.F16:  # torch converts faster than NumPy
+            return torch.from_numpy(data.view(numpy.float16)).float().reshape(shape)
+        rows = data.reshape(*shape[:-1], -1)
+        return torch.from_numpy(gguf.dequantize(rows, kind)).reshape(shape)
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Read a GGUF file back."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+
+    def value(key: str) -> Any:
+        entry = reader.get_field(key)
+        return None if entry is None else entry.contents()
+
+    adds_bos = value("tokenizer.ggml.add_bos_token")
+    vocabulary = Vocabulary(
+        value("tokenizer.ggml.tokens"),
+        value("tokenizer.ggml.scores"),
+        value("tokenizer.ggml.token_type"),
+        value("tokenizer.ggml.bos_token_id") if adds_bos else -1,
+        value("tokenizer.ggml.add_space_prefix"),
+    )
+    places = {
+        t.name: (
+            int(t.data_offset),
+            int(t.n_bytes),
+            t.tensor_type,
+            tuple(int(n) for n in reversed(t.shape)),
+        )
+        for t in reader.tensors
+    }
+    return GgufFile(path, vocabulary, value("tokenizer.chat_template"), places)
+
+
+def tokenize_like_llama_cpp(vocabulary: Vocabulary, text: str) -> list[int]:
+    """Tokenize text with a GGUF vocabulary by llama.cpp's rules, special tokens recognized.
+
+    Source: llama-vocab.cpp. Special tokens split the text, longest first; in each rest the pair of
+    neighbours whose union has the highest score is merged, the leftmost first, until none is left;
+    characters that are no piece become bytes.
+    """
+    import gguf
+
+    ids = {piece: i for i, piece in reversed(list(enumerate(vocabulary.pieces)))}
+    kinds = gguf.TokenType
+    special = (kinds.CONTROL, kinds.USER_DEFINED, kinds.UNKNOWN)
+    markers = [p for p, k in zip(vocabulary.pieces, vocabulary.types, strict=True) if k in special]
+    fragments: list[str | int] = [text]
+    for marker in sorted(markers, key=len, reverse=True):
+        fragments = [
+            part
+            for fragment in fragments
+            for part in (
+                [fragment] if isinstance(fragment, int) else split_at(fragment, marker, ids[marker])
+            )
+        ]
+    tokens = [vocabulary.bos] if vocabulary.bos >= 0 else []
+    after_special = True
+    for fragment in fragments:
+        if isinstance(fragment, int):
+            tokens.append(fragment)
+        else:
+            prefix = " " if vocabulary.adds_space and after_special else ""
+            tokens += merge_pieces((prefix + fragment).replace(" ", "▁"), vocabulary, ids)
+        after_special = isinstance(fragment, int)
+    return tokens
+
+
+def split_at(text: str, marker: str, token: int) -> "list[str | int]":
+    """Split text at every occurrence of a special token, which becomes its id."""
+    parts: list[str | int] = []
+    for piece in text.split(marker):
+        parts += [piece, token] if piece else [token]
+    return parts[:-1]
+
+
+def merge_pieces(text: str, vocabulary: Vocabulary, ids: "dict[str, int]") -> list[int]:
+    """Merge the characters of a text into pieces by score, and return their ids."""
+    symbols = list(text)
+    following = [*range(1, len(symbols)), -1]
+    before = list(range(-1, len(symbols) - 1))
+    queue: list[tuple[float, int, int, str]] = []
+
+    def offer(left: int, right: int) -> None:
+        """Queue a pair of neighbours that makes a piece."""
+        if left >= 0 and right >= 0 and symbols[left] + symbols[right] in ids:
+            union = symbols[left] + symbols[right]
+            heapq.heappush(queue, (-vocabulary.scores[ids[union]], left, right, union))
+
+    for right in range(1, len(symbols)):
+        offer(right - 1, right)
+    while queue:
+        _, left, right, union = heapq.heappop(queue)
+        if following[left] != right or symbols[left] + symbols[right] != union:
+            continue  # one of the two was merged since
+        symbols[left], symbols[right] = union, ""
+        following[left] = following[right]
+        if following[right] >= 0:
+            before[following[right]] = left
+        following[right] = -2
+        offer(before[left], left)
+        offer(left, following[left])
+    tokens = []
+    for symbol in symbols:
+        if symbol in ids:
+            tokens.append(ids[symbol])
+        else:
+            tokens += [ids[f"<0x{byte:02X}>"] for byte in symbol.encode()]
+    return tokens
+
+
+# --- Ollama's Modelfile: Ollama neither reads Jinja templates nor recognizes this one.
+
+
+@dataclass(frozen=True)
+class TurnMarkers:
+    """Hold what a chat template writes before and after each role's text, and before an answer."""
+
+    before: "dict[str, str]"
+    after: "dict[str, str]"
+    answer: str
+
+    def render(self, messages: "Sequence[dict[str, str]]") -> str:
+        """Render a conversation up to its answer, as the Modelfile's template does."""
+        turns = [self.before[m["role"]] + m["content"] + self.after[m["role"]] for m in messages]
+        return "".join(turns) + self.answer
+
+    def go_template(self) -> str:
+        """Return the template in the language of Go's text/template."""
+        generic = {
+            (self.before[role].replace(role, "{{ .Role }}"), self.after[role])
+            for role in self.before
+        }
+        if len(generic) == 1:
+            ((before, after),) = generic
+            turn = before + "{{ .Content }}" + after
+        else:
+            cases = [
+                f'{{{{ if eq .Role "{role}" }}}}{self.before[role]}{{{{ .Content }}}}'
+                f"{self.after[role]}"
+                for role in self.before
+            ]
+            turn = "{{ else }}".join(cases) + "{{ end }}" * len(cases)
+        return "{{- range .Messages }}" + turn + "{{ end }}" + self.answer
+
+    def stops(self, eos: str) -> list[str]:
+        """Return the texts at which a server must stop: the end token and every turn's start."""
+        return list(dict.fromkeys([eos, *(text.strip() for text in self.before.values())]))
+
+
+def find_turn_markers(tokenizer: "PreTrainedTokenizerFast") -> "TurnMarkers | None":
+    """Read a chat template's markers off what it renders; None where it is not made of markers."""
+    marks = [f"\u2063{number}\u2063" for number in range(4)]
+    roles = ("system", "user", "assistant", "user")
+    messages = [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]
+    bos = str(tokenizer.bos_token or "")
+
+    def render(part: "Sequence[dict[str, str]]", answer: bool) -> str:
+        return render_chat(tokenizer, part, add_generation_prompt=answer).removeprefix(bos)
+
+    try:
+        user, _, user_end = render(messages[1:2], False).partition(marks[1])
+        texts = re.split("|".join(marks), render(messages, True))
+    except FineTuningError:  # a template that takes no system message
+        return None
+    if len(texts) != 5 or not (texts[1].endswith(user) and texts[3].endswith(user)):
+        return None
+    markers = TurnMarkers(
+        {"system": texts[0], "user": user, "assistant": texts[2].removeprefix(user_end)},
+        {
+            "system": texts[1].removesuffix(user),
+            "user": user_end,
+            "assistant": texts[3].removesuffix(user),
+        },
+        texts[4].removeprefix(user_end),
+    )
+    written = [*markers.before.values(), *markers.after.values(), markers.answer]
+    if any(brackets in text for text in written for brackets in ("{{", "}}")):
+        return None
+    chats = verification_chats(tokenizer, None)
+    same = all(markers.render(chat) == render(chat, True) for chat in chats)
+    return markers if same else None
+
+
+def modelfile_obstacle(source: ExportSource, markers: "TurnMarkers | None") -> "str | None":
+    """Say why Ollama could not serve the model as it was trained; None where it can.
+
+    Source: Ollama's parser.go, which ends a text at three quotation marks and drops characters that
+    do not print.
+    """
+    if markers is None:
+        return "its chat template is more than markers around each turn"
+    stops = markers.stops(str(source.tokenizer.eos_token))
+    texts = [markers.go_template(), source.system_prompt or "", *stops]
+    if any('"""' in text for text in texts) or any('"' in stop for stop in stops):
+        return 'a Modelfile cannot hold the """ or " in its system prompt or template'
+    for character in "".join(texts):
+        if not character.isprintable() and character not in "\n\r\t":
+            return f"a Modelfile loses the character U+{ord(character):04X} of its system prompt"
+    return None
+
+
+def modelfile_text(source: ExportSource, markers: TurnMarkers, gguf_name: str) -> str:
+    """Return the Modelfile that makes Ollama serve the model as it was trained."""
+    lines = [
+        f"FROM ./{gguf_name}",
+        f'TEMPLATE """{markers.go_template()}"""',
+        *([f'SYSTEM """{source.system_prompt}"""'] if source.system_prompt else []),
+        *(f'PARAMETER stop "{stop}"' for stop in markers.stops(str(source.tokenizer.eos_token))),
+        f"PARAMETER num_ctx {source.model_config.max_position_embeddings}",
+        "# The likeliest answer every time, as in `chat`; raise the temperature for variety.",
+        "PARAMETER temperature 0",
+        "PARAMETER repeat_penalty 1",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# --- The check: what was written is read back and compared with the base and its adapter.
+
+VERIFIED_CHATS = 20
+VERIFIED_PROMPTS = 3
+# Largest accepted ||difference|| / ||logits||; a wrong permutation or a lost adapter is near 1.
+LOGIT_BOUNDS = {"f32": 1e-4, "f16": 1e-2, "bf16": 5e-2, "q8_0": 1e-1}
+
+SAMPLE_TEXTS = (
+    "What does the net price of a college mean?",
+    "Hi",
+    "First line\nsecond line\n\n  indented, with    four spaces\tand a tab\n",
+    "Überprüfe 日本語, العربية, हिन्दी and emoji 🎓👩🏽‍🎓",
+    " leading and trailing spaces ",
+    "https://example.org/a?b=c&d=%20#top <b>bold</b> <0x0A> {{ .Content }}",
+    "3.14159 + 2,718 = 5,859.14159; 1000000000000",
+    "aaaaaaaaaaaaaaaaaaaa ........ ======== \\n\\t ''''",
+    "DON'T shout: I'LL write CamelCase and snake_case_names.",
+    "\u00a0\u200b\ufeff \u0000 zero-width, no-break and control characters \u001b[0m",
+)
+
+
+def verification_chats(
+    tokenizer: "PreTrainedTokenizerFast", system_prompt: "str | None"
+) -> "list[list[dict[str, str]]]":
+    """Return conversations that tell tokenizers apart: scripts, spaces, line breaks, many turns."""
+
+    def chat(*texts: str, system: "str | None" = None) -> "list[dict[str, str]]":
+        turns = [
+            {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
+        ]
+        return turns if system is None else [{"role": "system", "content": system}, *turns]
+
+    system = system_prompt or "You are a college counselor.\nBe brief."
+    specials = " ".join(f"x{token}y" for token in sorted(tokenizer.get_added_vocab())[:50])
+    chats = [chat(text) for text in SAMPLE_TEXTS]
+    chats += [chat(text, system=system) for text in SAMPLE_TEXTS[:4]]
+    chats += [chat(*SAMPLE_TEXTS[i : i + 3]) for i in range(0, 6, 2)]
+    chats += [chat(specials), chat(*SAMPLE_TEXTS[:5], system=system), chat("Hi", system="")]
+    assert len(chats) == VERIFIED_CHATS
+    kept = []
+    for messages in chats:
+        with contextlib.suppress(FineTuningError):  # what the template refuses cannot be served
+            render_chat(tokenizer, messages, add_generation_prompt=True)
+            kept.append(messages)
+    return kept
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """Compare logits: largest difference, difference relative to the logits and to the adapter."""
+
+    largest: float
+    relative: float
+    of_adapter: float
+
+
+def verify_tokens(source: ExportSource, what: str, tokenize: "Callable[[str], list[int]]") -> int:
+    """Compare the exported tokenizer with the training's on rendered chats; return their number."""
+    chats = verification_chats(source.tokenizer, source.system_prompt)
+    for messages in chats:
+        text = render_chat(source.tokenizer, messages, add_generation_prompt=True)
+        expected, found = tokenize_rendered(source.tokenizer, text), tokenize(text)
+        if found != expected:
+            raise FineTuningError(
+                f"{what} splits a chat into other tokens than the training did: {text!r} became "
+                f"{found} instead of {expected}. Nothing was exported.",
+                hint="This base model's tokenizer does not survive the conversion; use another "
+                "--format, or another base model.",
+            )
+    return len(chats)
+
+
+def verify_logits(
+    source: ExportSource, exported: "Callable[[str], torch.Tensor]", outtype: str
+) -> Deviation:
+    """Compare logits on prompts: the exported weights against the base with PEFT's adapter.
+
+    All three models (base, base with adapter, export) run one layer at a time, so that memory
+    holds one layer of each. `exported` reads a weight of the export, in fp32.
+    """
+    import torch
+
+    chats = verification_chats(source.tokenizer, source.system_prompt)[:VERIFIED_PROMPTS]
+    prompts = [torch.tensor(tokenize_prompt(source.tokenizer, chat)) for chat in chats]
+    # Padding stands behind a prompt, where causal attention never looks.
+    batch = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+    real = torch.nn.utils.rnn.pad_sequence([p >= 0 for p in prompts], batch_first=True)
+    tuned, plain = one_layer_models(source)
+    inputs = source.base_tensor("model.embed_tokens.weight")[batch]
+    states = {"base": inputs, "tuned": inputs}
+    states["export"] = exported("model.embed_tokens.weight")[batch]
+    with torch.inference_mode(), progress_bar(source.layers, "layers", "verifying") as progress:
+        for layer in range(source.layers):
+            load_tuned_layer(source, tuned, layer)
+            with tuned.disable_adapter():
+                states["base"] = run_layer(tuned, states["base"])
+            states["tuned"] = run_layer(tuned, states["tuned"])
+            load_layer(plain, layer, exported)
+            states["export"] = run_layer(plain, states["export"])
+            progress.advance()
+        logits = {
+            name: final_logits(
+                source, exported if name == "export" else source.base_tensor, state[real]
+            )
+            for name, state in states.items()
+        }
+    difference = logits["export"] - logits["tuned"]
+    effect = (logits["tuned"] - logits["base"]).norm()
+    deviation = Deviation(
+        float(difference.abs().max()),
+        float(difference.norm() / logits["tuned"].norm()),
+        float(difference.norm() / effect.clamp(min=1e-30)),
+    )
+    if not deviation.relative <= LOGIT_BOUNDS[outtype]:  # NaN is refused too
+        raise FineTuningError(
+            "The exported model's logits differ from those of base + adapter by "
+            f"{deviation.relative:.2%} ({outtype} may differ by {LOGIT_BOUNDS[outtype]:.2%}). "
+            "Nothing was exported.",
+            hint="Try --outtype f32. If that differs too, it is a fault of the program.",
+        )
+    return deviation
+
+
+def one_layer_models(source: ExportSource) -> "tuple[PeftModel, LlamaModel]":
+    """Return a decoder of one layer with PEFT's adapter on it, and one without."""
+    import copy
+
+    import torch
+    from peft import get_peft_model
+    from transformers import LlamaModel
+
+    config = copy.deepcopy(source.model_config)
+    config.num_hidden_layers, config.vocab_size = 1, 1  # embeddings stay outside
+    config.pad_token_id = None
+    config.dtype = torch.float32
+    models = []
+    for _ in range(2):
+        model = LlamaModel(config).float().eval()
+        model.register_module("norm", torch.nn.Identity())  # the real one follows the last layer
+        models.append(model)
+    lora = copy.deepcopy(source.lora)
+    lora.task_type = None
+    tuned = get_peft_model(models[0], lora)
+    return tuned.eval(), models[1]
+
+
+def run_layer(model: "PeftModel | LlamaModel", hidden: "torch.Tensor") -> "torch.Tensor":
+    """Run one decoder layer on hidden states [prompts, tokens, width]."""
+    return model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+
+
+def load_layer(model: "LlamaModel", layer: int, read: "Callable[[str], torch.Tensor]") -> None:
+    """Put one layer's weights into a one-layer model."""
+    decoder = model.layers[0]
+    state = {name: read(f"model.layers.{layer}.{name}") for name in decoder.state_dict()}
+    decoder.load_state_dict(state, assign=True)
+
+
+def load_tuned_layer(source: ExportSource, model: "PeftModel", layer: int) -> None:
+    """Put one layer's base weights and adapter matrices into a one-layer PEFT model."""
+    decoder = typing.cast("LlamaModel", model.get_base_model()).layers[0]
+    state = {}
+    for name in decoder.state_dict():
+        whole = f"model.layers.{layer}.{name}"
+        if ".lora_" in name:
+            file_name = "base_model.model." + whole.replace(".default.", ".")
+            state[name] = read_tensor(source.adapter.weights, file_name).float()
+        else:
+            state[name] = source.base_tensor(whole.replace(".base_layer.", "."))
+    decoder.load_state_dict(state, assign=True)
+
+
+def final_logits(
+    source: ExportSource, read: "Callable[[str], torch.Tensor]", states: "torch.Tensor"
+) -> "torch.Tensor":
+    """Return the logits [positions, vocabulary] of the last layer's states [positions, width]."""
+    import torch
+
+    tied = source.model_config.tie_word_embeddings
+    head = read("model.embed_tokens.weight" if tied else "lm_head.weight")
+    norm = read("model.norm.weight")
+    epsilon = source.model_config.rms_norm_eps
+    return torch.nn.functional.rms_norm(states, norm.shape, norm, epsilon) @ head.T
+
+
+def verify_merged(source: ExportSource, folder: Path, outtype: str) -> None:
+    """Read a merged folder back, as this program and as others do, and compare it."""
+    from transformers import AutoTokenizer
+
+    ours = load_tokenizer(str(folder))
+    theirs = typing.cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(folder))
+    chats = verify_tokens(source, "The merged folder", lambda t: tokenize_rendered(ours, t))
+    verify_tokens(
+        source, "The merged folder (AutoTokenizer)", lambda t: tokenize_rendered(theirs, t)
+    )
+    weights = folder / "model.safetensors"
+    deviation = verify_logits(source, lambda name: read_tensor(weights, name).float(), outtype)
+    report_verification(deviation, chats)
+
+
+def verify_gguf(source: ExportSource, path: Path, outtype: str) -> None:
+    """Read a GGUF file back and compare it."""
+    file, names = read_gguf(path), gguf_tensor_names(source)
+    assert file.chat_template == source.tokenizer.chat_template
+
+    def read(name: str) -> "torch.Tensor":
+        weight, heads = file.tensor(names[name]), rotary_heads(source, name)
+        return weight if heads is None else unpermute_rotary(weight, heads)
+
+    chats = verify_tokens(
+        source, "The GGUF file", lambda text: tokenize_like_llama_cpp(file.vocabulary, text)
+    )
+    deviation = verify_logits(source, read, outtype)
+    report_verification(deviation, chats)
+
+
+def report_verification(deviation: Deviation, chats: int) -> None:
+    """Tell what the check found."""
+    log.info(
+        "  verified against base + adapter: logits of %d prompts differ by %.2g at most (%.2g %% "
+        "of the logits, %.2g %% of what the adapter changes); token ids of %d chats are identical",
+        VERIFIED_PROMPTS,
+        deviation.largest,
+        100 * deviation.relative,
+        100 * deviation.of_adapter,
+        chats,
+    )
+    if deviation.of_adapter > 0.5:
+        log.warning(
+            "  rounding hides much of what the adapter has learnt; take --outtype f32, or train it "
+            "further"
+        )
+
+
+# --- The command.
+
+
+def refuse_existing(path: Path, config: FineTuningConfig) -> None:
+    """Refuse to replace an earlier export unless told to."""
+    if path.exists() and not config.overwrite:
+        raise FineTuningError(
+            f"{path} exists already.",
+            hint="Add --overwrite to replace it, or choose another folder with --export_dir.",
+        )
+
+
+def export_merged(config: FineTuningConfig, options: ExportOptions, source: ExportSource) -> Path:
+    """Write, check and publish a merged model folder."""
+    folder = export_folder(config, options)
+    refuse_existing(folder, config)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise FineTuningError(
+            f"{folder} is no model folder, so --overwrite does not delete it.",
+            hint="Choose another folder with --export_dir.",
+        )
+    check_export_space(folder, source, options.outtype)
+    with staging_folder(folder) as staged:
+        write_merged_folder(source, options.outtype, staged)
+        verify_merged(source, staged, options.outtype)
+        publish_model_folder(staged, folder)
+    shown = shlex.quote(str(folder))
+    log.info("  chat here:  python unified_finetune.py chat --output_dir %s", shown)
+    log.info("  vLLM:       vllm serve %s", shown)
+    log.info("  mlx-lm:     mlx_lm.chat --model %s", shown)
+    return folder
+
+
+def export_gguf(config: FineTuningConfig, options: ExportOptions, source: ExportSource) -> Path:
+    """Write, check and publish a GGUF file with its Modelfile."""
+    check_gguf_support(source)
+    folder = export_folder(config, options)
+    path = folder / f"{model_name(config)}-{options.outtype}.gguf"
+    refuse_existing(path, config)
+    check_export_space(folder, source, options.outtype)
+    markers = find_turn_markers(source.tokenizer)
+    obstacle = modelfile_obstacle(source, markers)
+    if obstacle and options.install:
+        raise FineTuningError(
+            f"Ollama cannot serve this model as it was trained: {obstacle}.",
+            hint="Leave --install out; llama.cpp and LM Studio can.",
+        )
+    modelfile = modelfile_path(path)
+    with staging_folder(folder) as staged:
+        write_gguf(source, config, options.outtype, staged / path.name)
+        verify_gguf(source, staged / path.name, options.outtype)
+        names = [path.name]
+        if markers is not None and not obstacle:
+            text = modelfile_text(source, markers, path.name)
+            (staged / modelfile.name).write_text(text, encoding="utf-8")
+            names.insert(0, modelfile.name)
+        publish_files(staged, folder, names)
+    if obstacle:
+        log.warning("  no Modelfile for Ollama: %s", obstacle)
+    if options.install:
+        install_in_ollama(options.install, modelfile)
+    tell_how_to_serve(config, options, source, path, None if obstacle else modelfile)
+    return path
+
+
+def modelfile_path(path: Path) -> Path:
+    """Return where a GGUF's Modelfile goes: `Modelfile`, unless that is another GGUF's."""
+    modelfile = path.parent / "Modelfile"
+    if modelfile.is_file():
+        first = modelfile.read_text(encoding="utf-8", errors="replace").splitlines()[:1]
+        if first != [f"FROM ./{path.name}"]:
+            return path.parent / f"Modelfile-{path.stem}"
+    return modelfile
+
+
+def install_in_ollama(name: str, modelfile: Path) -> None:
+    """Hand a GGUF to Ollama under a name."""
+    log.info("  ollama create %s", name)
+    try:
+        done = subprocess.run(
+            ["ollama", "create", name, "-f", modelfile.name],
+            cwd=modelfile.parent,
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+    except OSError as error:
+        raise FineTuningError(
+            f"Ollama cannot be started: {error}", hint="Get it from https://ollama.com/download."
+        ) from error
+    if done.returncode != 0:
+        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise FineTuningError(
+            f"ollama create {name} failed: {said}",
+            hint="The export is complete. Is `ollama serve` running? Then: "
+            f"ollama create {name} -f {shlex.quote(str(modelfile))}",
+        )
+
+
+def tell_how_to_serve(
+    config: FineTuningConfig,
+    options: ExportOptions,
+    source: ExportSource,
+    path: Path,
+    modelfile: "Path | None",
+) -> None:
+    """Say in three lines how the GGUF is run."""
+    shown = shlex.quote(str(path))
+    name = options.install or model_name(config).lower()
+    if modelfile is not None:
+        create = f"ollama create {name} -f {shlex.quote(str(modelfile))} && "
+        log.info("  Ollama:     %sollama run %s", "" if options.install else create, name)
+    system = f" -sys {shlex.quote(source.system_prompt)}" if source.system_prompt else ""
+    log.info("  llama.cpp:  llama-cli -m %s --jinja --temp 0%s", shown, system)
+    log.info("  LM Studio:  lms import %s", shown)
+
+
+def export(config: FineTuningConfig, options: ExportOptions) -> None:
+    """Write the merged model in the format that is asked for; its path goes to stdout."""
+    if options.format == "gguf":
+        check_gguf_package()
+    if options.install and shutil.which("ollama") is None:
+        raise FineTuningError(
+            "--install needs Ollama, and there is no `ollama` command here.",
+            hint="Get it from https://ollama.com/download, or leave --install out.",
+        )
+    source = open_export_source(config)
+    if options.export_dir is None:
+        claim_output_folder(config)  # no training may replace the adapter meanwhile
+    log.info("Exporting %s as %s, %s", config.output_dir, options.format, options.outtype)
+    write = export_gguf if options.format == "gguf" else export_merged
+    path = write(config, options, source)
+    sys.stdout.write(f"{path}\n")
+
+
+def check_gguf_package() -> None:
+    """Raise FineTuningError where the package gguf is missing."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise FineTuningError(
+            "The package gguf is missing.", hint="pip install gguf==0.19.0"
+        ) from error
 
 
 # ======================================================================================
@@ -7173,16 +8545,17 @@ COMMANDS = {
     "check": "stage 1 alone: everything that is wrong, each with its remedy",
     "data": "stages 1-3: quality report, token statistics, the plan and its estimates",
     "chat": "talk to the trained adapter",
+    "export": "write it as a merged model folder or a GGUF file, checked",
 }
 # The options of single commands, declared as the settings are.
-COMMAND_OPTIONS: "dict[str, type]" = {"chat": ChatOptions}
+COMMAND_OPTIONS: "dict[str, type]" = {"chat": ChatOptions, "export": ExportOptions}
 
 
 def build_parser(command: str) -> argparse.ArgumentParser:
     """Build the parser of one command; values stay text, to tell all problems at once."""
     parser = argparse.ArgumentParser(
         prog="unified_finetune.py",
-        usage="%(prog)s [train | check | data | chat] [--FLAG VALUE ...]",
+        usage="%(prog)s [train | check | data | chat | export] [--FLAG VALUE ...]",
         description=(__doc__ or "").split("\n\n")[0],
         epilog=(__doc__ or "").split("\n\n", 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -7217,7 +8590,7 @@ def add_flags(group: "argparse._ArgumentGroup", record: type, prefix: str) -> No
 
 def read_command_options(
     command: str, parsed: argparse.Namespace
-) -> "tuple[ChatOptions | None, list[str]]":
+) -> "tuple[ChatOptions | ExportOptions | None, list[str]]":
     """Return the command's own options, and everything that is wrong with them."""
     record = COMMAND_OPTIONS.get(command)
     if record is None:
@@ -7240,7 +8613,9 @@ def read_command_options(
     return options, wrong or list(options.problems())
 
 
-def parse_command_line(argv: Sequence[str]) -> "tuple[str, FineTuningConfig, ChatOptions | None]":
+def parse_command_line(
+    argv: Sequence[str],
+) -> "tuple[str, FineTuningConfig, ChatOptions | ExportOptions | None]":
     """Return the command, the configuration and the command's own options.
 
     Precedence: defaults < --config < environment < flags.
@@ -7318,7 +8693,9 @@ def set_environment() -> None:
     os.environ["HF_DATASETS_TRUST_REMOTE_CODE"] = "0"
 
 
-def execute(command: str, config: FineTuningConfig, options: "ChatOptions | None") -> None:
+def execute(
+    command: str, config: FineTuningConfig, options: "ChatOptions | ExportOptions | None"
+) -> None:
     """Run one command; results go to stdout."""
     if command == "train":
         artifacts = run(config)
@@ -7332,6 +8709,8 @@ def execute(command: str, config: FineTuningConfig, options: "ChatOptions | None
         try:
             if isinstance(options, ChatOptions):
                 chat(config, options)
+            elif isinstance(options, ExportOptions):
+                export(config, options)
         except FineTuningError as error:
             error.exit_code = 16
             raise

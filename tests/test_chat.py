@@ -14,6 +14,7 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import CliResult
@@ -59,6 +60,7 @@ def adapter(base: Path) -> Path:
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # tiny models lose time to more
     layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(
         LlamaForCausalLM.from_pretrained(base, dtype=torch.float32),
@@ -88,7 +90,7 @@ def adapter(base: Path) -> Path:
             break
     assert worst < 0.6, "the fixture's adapter has not learnt its lessons"
     folder = base.parent / "adapter"
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -140,8 +142,8 @@ def test_prompt_tokens_are_those_of_training(
     served: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What `generate` reads are the first tokens of the trained example, every one attended to."""
-    seen = {}
-    generate = served.model.generate
+    seen: dict[str, Any] = {}
+    generate: Any = served.model.generate
 
     def spy(**arguments: object) -> object:
         seen.update(arguments)
@@ -191,8 +193,7 @@ def test_a_character_of_several_byte_tokens_is_streamed_whole(served: ServedMode
 def test_leading_space_and_special_tokens_of_an_answer(served: ServedModel) -> None:
     """A leading space is kept, the next turn needs it; special tokens are no text."""
     tokenizer = served.tokenizer
-    space = tokenizer.convert_tokens_to_ids("▁")
-    letter = tokenizer.convert_tokens_to_ids("A")
+    space, letter = (tokenizer.get_vocab()[piece] for piece in ("▁", "A"))
     assert program.decode_answer(tokenizer, [space, letter, 1, letter]) == " AA"
     assert program.decode_answer(tokenizer, [letter]) == "A"
     assert program.decode_answer(tokenizer, []) == ""
@@ -296,20 +297,6 @@ def test_prompt_prints_the_answer_and_nothing_else(
     assert "Loading weights" not in result.stderr
 
 
-def test_piped_lines_are_turns_of_one_conversation(
-    run_cli: "Callable[..., CliResult]", copy: Path
-) -> None:
-    """Commands work in a pipe, and the end of input ends the chat."""
-    (copy / "training_config.json").write_text(json.dumps({"system_prompt": SYSTEM}))
-    lines = "Who pays?\n/reset\n/system\nWho pays?\n/unknown\n\n/system Be brief\n"
-    result = run_cli("chat", "--output_dir", copy, input=lines)
-    assert result.code == 0, result.stderr
-    assert result.stdout == "The college pays.\nThe state pays.\n"
-    assert f"System message: {SYSTEM}" in result.stderr
-    assert "There is no command /unknown." in result.stderr
-    assert "(system message: Be brief)" in result.stderr
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -360,6 +347,20 @@ def run_chat(
     config = FineTuningConfig(output_dir=str(folder), device="cpu")
     program.chat(config, ChatOptions(**flags))  # type: ignore[arg-type]
     return out.getvalue()
+
+
+def test_piped_lines_are_turns_of_one_conversation(
+    monkeypatch: pytest.MonkeyPatch, copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Commands work in a pipe, and the end of input ends the chat."""
+    (copy / "training_config.json").write_text(json.dumps({"system_prompt": SYSTEM}))
+    lines = "Who pays?\n/reset\n/system\nWho pays?\n/unknown\n\n/system Be brief\n"
+    with caplog.at_level("INFO", "unified_finetune"):
+        out = run_chat(monkeypatch, copy, lines)
+    assert out == "The college pays.\nThe state pays.\n"
+    assert f"System message: {SYSTEM}" in caplog.text
+    assert "There is no command /unknown." in caplog.text
+    assert "(system message: Be brief)" in caplog.text
 
 
 def test_compare_shows_the_base_model_beside_the_adapter(
@@ -471,7 +472,7 @@ def edit_config(folder: Path, **changes: object) -> None:
         (spoil_no_config, "holds adapter_model.safetensors but no adapter_config.json"),
         (spoil_config, "adapter_config.json cannot be read"),
         (spoil_base_name, "names no base model"),
-        (spoil_base, "nowhere"),
+        (spoil_base, "The adapter's base model is not there"),
         (spoil_kind, "is of type 'IA3', not LORA"),
         (spoil_rank, "does not fit the model"),
         (spoil_targets, "does not fit the model"),
@@ -609,12 +610,15 @@ def test_a_chat_on_a_terminal(terminal: "Callable[..., Terminal]", adapter: Path
     assert "Traceback" not in chat.screen
 
 
-def test_ctrl_c_stops_a_single_answer_with_130(
-    terminal: "Callable[..., Terminal]", adapter: Path
+@pytest.mark.parametrize("flags", [{"prompt": "Sing"}, {}])
+def test_ctrl_c_without_a_terminal_ends_the_program(
+    monkeypatch: pytest.MonkeyPatch, adapter: Path, flags: "dict[str, str]"
 ) -> None:
-    """With --prompt there is no conversation to go back to."""
-    chat = terminal("chat", "--output_dir", adapter, "--prompt", "Sing")
-    chat.wait_for("la la la")
-    chat.type("\x03")
-    chat.wait_for("Stopped by Ctrl-C.")
-    assert chat.process.wait(timeout=60) == 130
+    """With --prompt or in a pipe there is no conversation to go back to."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "generate_answer", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_chat(monkeypatch, adapter, "Sing\n", **flags)
