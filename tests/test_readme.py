@@ -20,6 +20,13 @@ def settings_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def update_readme() -> None:
+    """Write the table into README.md (python tests/test_readme.py)."""
+    text = README.read_text(encoding="utf-8")
+    before, after = text.split(START)[0], text.split(END)[1]
+    README.write_text(before + START + settings_table() + END + after, encoding="utf-8")
+
+
 def test_the_table_of_settings_is_the_dataclass():
     text = README.read_text(encoding="utf-8")
     assert text.split(START)[1].split(END)[0] == settings_table()
@@ -44,3 +51,7 @@ def test_the_quoted_messages_are_the_program_s_own():
             words = max(re.split(r"…|\bN\b|mps", quoted), key=len).strip(" :()")
             joined = re.sub(r'"\s*\n\s*f?"', "", source)
             assert words in joined, quoted
+
+
+if __name__ == "__main__":
+    update_readme()
