@@ -23,6 +23,7 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     TOKENIZERS_PARALLELISM="false",
     AWS_EC2_METADATA_DISABLED="true",
+    OMP_NUM_THREADS="1",  # the models are tiny: threads would only wait for each other
 )
 sys.path.insert(0, str(ROOT))  # so that tests can import the program
 
@@ -33,7 +34,6 @@ FOREIGN_VARIABLES = (
     "HF_",
     "HUGGING",
     "TRANSFORMERS_",
-    "OMP_",
     "MKL_",
     "WANDB",
     "UNIFIED_FINETUNE_",
