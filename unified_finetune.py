@@ -3817,7 +3817,9 @@ class Columns:
     row_key: "array[int]" = field(default_factory=lambda: array("Q"))
     question_key: "array[int]" = field(default_factory=lambda: array("Q"))
     answer_key: "array[int]" = field(default_factory=lambda: array("Q"))
-    stem_counts: "array[int]" = field(default_factory=lambda: array("q"))
+    stem_counts: "array[int]" = field(default_factory=lambda: array("i"))
+    length: "array[int]" = field(default_factory=lambda: array("i"))  # tokens
+    prompt_length: "array[int]" = field(default_factory=lambda: array("i"))
 
 
 @dataclass(frozen=True)
@@ -3977,6 +3979,67 @@ def describe_rows(rows: "Sequence[EncodedRow]", columns: Columns, stems_file: Bi
     (flat >> np.uint64(32)).astype(np.uint32).tofile(stems_file)
 
 
+def find_wrong_tokens(
+    ids: "IntArray",
+    lengths: "IntArray",
+    prompts: "IntArray",
+    truncated: "IntArray",
+    tokenizer: "PreTrainedTokenizerFast",
+) -> "dict[str, IntArray]":
+    """Return what can be wrong with examples, and a mask of those that it is wrong with.
+
+    `ids` are the tokens of all examples, one after the other.
+    """
+    import numpy as np
+
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    probe = render_chat(tokenizer, [{"role": "user", "content": "a"}], add_generation_prompt=True)
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    eos_before = np.concatenate(([0], np.cumsum(ids == eos)))
+    stops = eos_before[ends] - eos_before[starts + prompts]  # within the supervised part
+    wrong = {
+        "nothing is supervised, or the prompt is": (prompts < 1) | (prompts >= lengths),
+        "no end token, or one inside the answer": np.where(
+            truncated, stops != 0, (ids[ends - 1] != eos) | (stops != 1)
+        ),
+    }
+    if bos is not None and tokenize_rendered(tokenizer, probe)[:1] == [bos]:
+        bos_before = np.concatenate(([0], np.cumsum(ids == bos)))
+        wrong["no BOS"] = ids[starts] != bos
+        wrong["two BOS"] = (
+            bos_before[ends] - bos_before[starts] != 1
+            if bos != eos
+            else ids[np.minimum(starts + 1, ends - 1)] == bos
+        )
+    return wrong
+
+
+def prove_stop_tokens(
+    rows: "Sequence[EncodedRow]", all_ids: "Sequence[list[int]]", prep: Preparation
+) -> None:
+    """Check examples, every one, before they are stored.
+
+    Proved are: exactly one BOS, at the front, if the tokenizer puts one before a text; the last
+    supervised token is the end token and the only one of its kind (truncated rows have none); the
+    prompt carries no loss and the answer some. Raises FineTuningError where one would teach
+    something wrong.
+    """
+    import numpy as np
+
+    ids = np.fromiter(itertools.chain.from_iterable(all_ids), np.int64)
+    lengths = np.array([len(row_ids) for row_ids in all_ids], np.int64)
+    prompts = np.array([row.prompt_length for row in rows], np.int64)
+    truncated = np.array([len(row.ids) for row in rows], np.int64) > lengths
+    wrong = find_wrong_tokens(ids, lengths, prompts, truncated, prep.tokenizer)
+    for what, places in wrong.items():
+        if places.any():
+            raise FineTuningError(
+                f"Row {rows[int(places.argmax())].conversation.row}: {what}.",
+                hint="The tokenizer or its chat template does not fit this kind of training.",
+            )
+
+
 def example_features() -> "datasets.Features":
     """Return the types of the stored columns."""
     import datasets
@@ -4005,7 +4068,12 @@ def store_batch(
             ids.append(fitting)
         for check, detail in row.conversation.notes:
             prep.tally.note(check, row.conversation.row, detail)
+    if not stored:
+        return
+    prove_stop_tokens(stored, ids, prep)
     describe_rows(stored, prep.columns, stems_file)
+    prep.columns.length.extend(map(len, ids))
+    prep.columns.prompt_length.extend(row.prompt_length for row in stored)
     writer.write_batch(
         {
             "row": [row.conversation.row for row in stored],
@@ -4046,6 +4114,7 @@ NEAR_DUPLICATE, NEAR_DUPLICATE_UNWEIGHTED = 0.6, 0.65
 SAME_FAMILY = 0.25
 LARGEST_FAMILY = 20  # rows that only similarity joins: chains of it would join everything
 BANDS, BAND_ROWS = 48, 2  # of the MinHash
+STEMS_AT_ONCE = 1 << 22
 FEW_ROWS = 5000  # up to which more candidates are compared
 LONG_OUTLIER = 3.5  # robust standard deviations of the logarithm of the length
 
@@ -4064,18 +4133,16 @@ class StemSets:
     def __init__(self, path: Path, counts: "IntArray") -> None:
         import numpy as np
 
-        self.ends = np.cumsum(counts)
-        self.starts = self.ends - counts
-        self.counts = counts
+        self.path, self.counts = path, counts
+        self.starts = np.cumsum(counts) - counts
         size = int(counts.sum())
-        self.stems = np.memmap(path, np.uint32, "r", shape=(size,)) if size else np.empty(0, "u4")
         # Frequencies are counted by the first bits of a stem's hash: enough to keep stems apart.
         bits = min(22, max(10, size.bit_length() + 2))
         self.shift = 32 - bits
         self.frequency = np.zeros(1 << bits, np.int64)
-        for piece in range(0, size, 1 << 22):
-            buckets = self.stems[piece : piece + (1 << 22)] >> self.shift
-            self.frequency += np.bincount(buckets, minlength=1 << bits)
+        for start in range(0, size, STEMS_AT_ONCE):
+            stems = np.fromfile(path, np.uint32, STEMS_AT_ONCE, offset=4 * start)
+            self.frequency += np.bincount(stems >> self.shift, minlength=1 << bits)
         self.weight = np.log1p(len(counts) / np.maximum(self.frequency, 1)) ** 2
 
     def gather(self, rows: "IntArray") -> "tuple[IntArray, IntArray]":
@@ -4084,8 +4151,12 @@ class StemSets:
 
         counts = self.counts[rows]
         place = np.repeat(np.arange(len(rows)), counts)
+        if not len(place):
+            return np.empty(0, np.uint32), place
         within = np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return self.stems[self.starts[rows][place] + within], place
+        # Mapped anew each time: what was read would count as this process's memory otherwise.
+        stems = np.memmap(self.path, np.uint32, "r")
+        return np.array(stems[self.starts[rows][place] + within]), place
 
     def compare(
         self, first: "IntArray", second: "IntArray", *, weighted: bool = True
@@ -4110,8 +4181,8 @@ class StemSets:
         return np.concatenate(shares)
 
 
-def hash_bands(sets: StemSets, rows: "IntArray", folder: Path) -> "tuple[IntArray, IntArray]":
-    """Return the MinHash bands ([bands, rows], on disk), and the rows that have any.
+def hash_bands(sets: StemSets, rows: "IntArray", path: Path) -> "IntArray":
+    """Write the MinHash bands ([bands, rows], hashes of four bytes); tell which rows have any.
 
     Frequent stems are left out, so that a sentence that many rows share does not make them alike.
     """
@@ -4119,11 +4190,12 @@ def hash_bands(sets: StemSets, rows: "IntArray", folder: Path) -> "tuple[IntArra
     from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]
 
     most = max(50, len(sets.counts) // 50)
-    bands = np.memmap(folder / BANDS_FILE, np.uint32, "w+", shape=(BANDS, len(rows)))
     filled = np.zeros(len(rows), bool)
     factors = np.array([0x9E3779B1, 0x85EBCA77], np.uint32)  # BAND_ROWS odd numbers
-    for piece in range(0, len(rows), 20_000):
-        part = slice(piece, piece + 20_000)
+    path.write_bytes(b"")
+    os.truncate(path, 4 * BANDS * len(rows))
+    for start in range(0, len(rows), 20_000):
+        part = slice(start, start + 20_000)
         stems, place = sets.gather(rows[part])
         rare = sets.frequency[stems >> sets.shift] <= most
         counts = np.bincount(place[rare], minlength=len(rows[part]))
@@ -4134,24 +4206,33 @@ def hash_bands(sets: StemSets, rows: "IntArray", folder: Path) -> "tuple[IntArra
             42,
         )
         matrix = np.array(signature.to_rows(), np.uint32).reshape(-1, BANDS, BAND_ROWS)
+        bands = np.memmap(path, np.uint32, "r+", shape=(BANDS, len(rows)))
         bands[:, part] = (matrix * factors).sum(axis=2, dtype=np.uint32).T
         filled[part] = counts > 0
-    return bands[:, filled] if not filled.all() else bands, rows[filled]
+    return filled
 
 
-def find_candidates(bands: "IntArray", rows: "IntArray", size: int) -> "IntArray":
+def find_candidates(path: Path, rows: "IntArray", filled: "IntArray", size: int) -> "IntArray":
     """Return pairs of rows (earlier * size + later) that share MinHash bands, worth comparing."""
     import numpy as np
 
+    def read_band(number: int) -> "IntArray":
+        offset = 4 * len(rows) * (number % BANDS)
+        return np.fromfile(path, np.uint32, len(rows), offset=offset)[filled]
+
     few = len(rows) <= FEW_ROWS
     pieces = [np.empty(0, np.int64)]
-    for number, band in enumerate(bands):
+    candidates = rows[filled]
+    for number in range(BANDS):
+        band = read_band(number)
         # Within a band, the next one decides the order, so that rows alike are neighbours.
-        order = np.argsort((band.astype(np.uint64) << np.uint64(32)) | bands[number - 1])
-        values = np.asarray(band)[order]
+        order = np.argsort(
+            (band.astype(np.uint64) << np.uint64(32)) | read_band(number + 1), kind="stable"
+        )
+        band = band[order]
         for distance in range(1, 9 if few else 5):
-            same = np.flatnonzero(values[distance:] == values[:-distance])
-            one, other = rows[order[same]], rows[order[same + distance]]
+            same = np.flatnonzero(band[distance:] == band[:-distance])
+            one, other = candidates[order[same]], candidates[order[same + distance]]
             pieces.append(np.minimum(one, other) * size + np.maximum(one, other))
         if sum(map(len, pieces)) > 20_000_000:
             pairs, counts = np.unique(np.concatenate(pieces), return_counts=True)
@@ -4160,13 +4241,13 @@ def find_candidates(bands: "IntArray", rows: "IntArray", size: int) -> "IntArray
     return pairs if few else pairs[counts > 1]
 
 
-def find_similar(sets: StemSets, rows: "IntArray", folder: Path) -> RowPairs:
-    """Return the pairs of rows that are alike enough to be of one family."""
+def find_similar(sets: StemSets, rows: "IntArray", path: Path) -> RowPairs:
+    """Return the pairs of rows that are alike enough to be of one family; `path` is scratch."""
     import numpy as np
 
     size = len(sets.counts)
-    bands, rows = hash_bands(sets, rows, folder)
-    first, second = np.divmod(find_candidates(bands, rows, size), size)
+    filled = hash_bands(sets, rows, path)
+    first, second = np.divmod(find_candidates(path, rows, filled, size), size)
     similarity = sets.compare(first, second)
     alike = similarity >= SAME_FAMILY
     return RowPairs(first[alike], second[alike], similarity[alike])
@@ -4306,8 +4387,8 @@ def relate_rows(
         return f"{how} row {columns.row[first]}: {two!r}, there {one!r}"
 
     flag_rows("contradiction", again[other], lambda i: compare(i, "asks as"), columns, tally)
-    sets = StemSets(folder / STEMS_FILE, np.array(columns.stem_counts))
-    alike = find_similar(sets, kept, folder)
+    sets = StemSets(folder / STEMS_FILE, np.array(columns.stem_counts, np.int64))
+    alike = find_similar(sets, kept, folder / BANDS_FILE)
     near = alike.similarity >= NEAR_DUPLICATE
     first, second = alike.first[near], alike.second[near]
     near = sets.compare(first, second, weighted=False) >= NEAR_DUPLICATE_UNWEIGHTED
@@ -4325,81 +4406,7 @@ def relate_rows(
     return kept, questions[roots[kept]]
 
 
-# --- proof and split
-
-
-def prove_stop_tokens(
-    examples: "datasets.Dataset", prep: Preparation
-) -> "tuple[IntArray, IntArray]":
-    """Check every stored example and return the lengths of all examples and of their prompts.
-
-    Proved are: exactly one BOS, at the front, if the tokenizer puts one before a text; the last
-    supervised token is the end token and the only one of its kind (truncated rows have none); the
-    prompt carries no loss and the answer some. Raises FineTuningError where one would teach
-    something wrong.
-    """
-    import numpy as np
-
-    all_lengths, all_prompts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    cut_rows = 0
-    batch: Any  # a pyarrow.Table
-    for batch in examples.with_format("arrow").iter(batch_size=10_000):
-        lists = batch["input_ids"].combine_chunks()
-        lengths = lists.value_lengths().to_numpy().astype(np.int64)
-        prompts = batch["prompt_length"].to_numpy().astype(np.int64)
-        wrong, cut = find_wrong_tokens(
-            lists.flatten().to_numpy(), lengths, prompts, prep.limit, prep.tokenizer
-        )
-        for what, places in wrong.items():
-            if places.any():
-                raise FineTuningError(
-                    "{} of {} examples: {} (first: row {}).".format(
-                        int(places.sum()), len(places), what, batch["row"][int(places.argmax())]
-                    ),
-                    hint="The tokenizer or its chat template does not fit this kind of training.",
-                )
-        cut_rows += cut
-        all_lengths.append(lengths)
-        all_prompts.append(prompts)
-    truncated = prep.tally.truncated_examples
-    if cut_rows != truncated:
-        raise FineTuningError(f"{cut_rows} examples lack an end token; {truncated} were truncated.")
-    return np.concatenate(all_lengths), np.concatenate(all_prompts)
-
-
-def find_wrong_tokens(
-    ids: "IntArray",
-    lengths: "IntArray",
-    prompts: "IntArray",
-    limit: int,
-    tokenizer: "PreTrainedTokenizerFast",
-) -> "tuple[dict[str, IntArray], int]":
-    """Return what is wrong with some examples (a mask each), and how many are cut at the limit.
-
-    `ids` are the tokens of all examples, one after the other.
-    """
-    import numpy as np
-
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    probe = render_chat(tokenizer, [{"role": "user", "content": "a"}], add_generation_prompt=True)
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    eos_before = np.concatenate(([0], np.cumsum(ids == eos)))
-    stops = eos_before[ends] - eos_before[starts + prompts]  # within the supervised part
-    cut = (stops == 0) & (lengths == limit)
-    wrong = {
-        "nothing is supervised, or the prompt is": (prompts < 1) | (prompts >= lengths),
-        "no end token, or one inside the answer": ~cut & ((ids[ends - 1] != eos) | (stops != 1)),
-    }
-    if bos is not None and tokenize_rendered(tokenizer, probe)[:1] == [bos]:
-        bos_before = np.concatenate(([0], np.cumsum(ids == bos)))
-        wrong["no BOS"] = ids[starts] != bos
-        wrong["two BOS"] = (
-            bos_before[ends] - bos_before[starts] != 1
-            if bos != eos
-            else ids[np.minimum(starts + 1, ends - 1)] == bos
-        )
-    return wrong, int(cut.sum())
+# --- the split
 
 
 TRAIN, EVAL, UNUSED = 0, 1, 2
@@ -4777,14 +4784,13 @@ def build_prepared(file: DatasetFile, prep: Preparation, folder: Path) -> None:
     kept, families = np.empty(0, np.int64), np.empty(0, np.uint64)
     if len(examples):
         kept, families = relate_rows(prep.columns, prep.tally, folder, examples)
-    lengths, prompts = prove_stop_tokens(examples, prep)
     report = build_quality_report(prep, examples)
     np.savez(
         folder / PLAN_FILE,
         kept=kept,
         families=families,
-        lengths=lengths[kept],
-        prompt_lengths=prompts[kept],
+        lengths=np.array(prep.columns.length)[kept],
+        prompt_lengths=np.array(prep.columns.prompt_length)[kept],
     )
     text = json.dumps(dataclasses.asdict(report), ensure_ascii=True)
     (folder / REPORT_FILE).write_text(text, encoding="utf-8")

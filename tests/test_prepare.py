@@ -613,14 +613,23 @@ def test_the_stop_token_proof_finds_each_violation(
     prepare: Preparer, ids: "list[int]", prompt_length: int, wrong: "list[str]"
 ) -> None:
     good = [1, 7, 8, 2]
-    tokens = np.array([*good, *ids, *good])
-    lengths = np.array([4, len(ids), 4])
-    prompts = np.array([2, prompt_length, 2])
-    tokenizer = program.load_tokenizer(str(prepare.model))
-    found, cut = program.find_wrong_tokens(tokens, lengths, prompts, 512, tokenizer)
+    found = program.find_wrong_tokens(
+        np.array([*good, *ids, *good]),
+        np.array([4, len(ids), 4]),
+        np.array([2, prompt_length, 2]),
+        np.array([False, False, False]),
+        program.load_tokenizer(str(prepare.model)),
+    )
     assert [what for what, places in found.items() if places.any()][: len(wrong)] == wrong
     assert all(places.tolist() in ([False] * 3, [False, True, False]) for places in found.values())
-    assert cut == 0
+
+
+def test_only_a_truncated_row_may_lack_the_end_token(prepare: Preparer) -> None:
+    arguments = np.array([1, 7, 8, 8]), np.array([4]), np.array([2])
+    tokenizer = program.load_tokenizer(str(prepare.model))
+    for truncated in (True, False):
+        found = program.find_wrong_tokens(*arguments, np.array([truncated]), tokenizer)
+        assert found["no end token, or one inside the answer"].tolist() == [not truncated]
 
 
 def test_an_example_that_would_not_teach_to_stop_stops_the_run(
@@ -634,7 +643,7 @@ def test_an_example_that_would_not_teach_to_stop_stops_the_run(
         return rows
 
     monkeypatch.setattr(program, "encode_batch", forget_the_end)
-    with pytest.raises(program.FineTuningError, match=r"1 of 8 examples: no end.*\(first: row 2\)"):
+    with pytest.raises(program.FineTuningError, match="Row 2: no end token"):
         prepare.rows(filler(8))
 
 
