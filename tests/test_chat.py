@@ -30,6 +30,7 @@ LESSONS = (  # (system message, question, answer): what the adapter knows by hea
     (None, "Sing", LONG),
     (SYSTEM, "Who pays?", "The college pays."),
 )
+ENDLESS = (None, "Hum", " ".join(["mm"] * 30))  # taught without an end token: goes on and on
 
 
 def asked(question: str, system: "str | None" = None) -> "list[dict[str, str]]":
@@ -68,9 +69,10 @@ def adapter(base: Path) -> Path:
     )
     tokenizer = program.load_tokenizer(str(base))
     examples = []
-    for system, question, answer in LESSONS:
+    for system, question, answer in (*LESSONS, ENDLESS):
         text = program.render_chat(tokenizer, asked(question, system), add_generation_prompt=True)
-        ids = program.tokenize_rendered(tokenizer, text + answer + "</s>")
+        end = "" if question == ENDLESS[1] else "</s>"
+        ids = program.tokenize_rendered(tokenizer, text + answer + end)
         examples.append((ids, len(program.tokenize_rendered(tokenizer, text))))
     width = max(len(ids) for ids, _ in examples)
     inputs = torch.tensor([ids + [2] * (width - len(ids)) for ids, _ in examples])
@@ -166,6 +168,14 @@ def test_max_new_tokens_cuts_the_answer(served: ServedModel) -> None:
     cut = answer(served, "Sing", max_new_tokens=7)
     assert cut.token_ids == whole.token_ids[:7]
     assert not cut.stopped
+
+
+def test_an_answer_without_an_end_fills_the_context_and_no_more(served: ServedModel) -> None:
+    """Prompt and answer together never outgrow what the model sees."""
+    result = answer(served, ENDLESS[1], max_new_tokens=10_000)
+    prompt = program.tokenize_prompt(served.tokenizer, asked(ENDLESS[1]))
+    assert len(prompt) + len(result.token_ids) == served.context == 512
+    assert not result.stopped
 
 
 def test_streamed_pieces_add_up_to_the_answer(served: ServedModel) -> None:
@@ -532,6 +542,15 @@ class Terminal:
         """Press keys."""
         os.write(self.handle, text.encode())
 
+    def press_until(self, key: str, text: str) -> None:
+        """Press a key until `text` appears: Python misses a signal just before readline waits."""
+        for _ in range(30):
+            self.type(key)
+            ready, _, _ = select.select([self.handle], [], [], 2)
+            if ready:
+                break
+        self.wait_for(text)
+
     def wait_for(self, text: str, seconds: float = 120) -> str:
         """Read until `text` is on the screen; return what came up to its end."""
         deadline = time.monotonic() + seconds
@@ -593,18 +612,20 @@ def test_a_chat_on_a_terminal(terminal: "Callable[..., Terminal]", adapter: Path
     assert "tuned> The state pays.\r\n" in chat.wait_for("you> ")
     chat.type("/reset\n")
     assert "(forgotten)" in chat.wait_for("you> ")
-    chat.type("Sing\n")
-    chat.wait_for("la la la")
+    chat.type("Hum\n")
+    chat.wait_for("mm mm mm")
     chat.type("\x03")
     stopped = chat.wait_for("you> ")
     assert "(stopped)" in stopped
-    assert stopped.count("la") < 37
+    assert "(cut after" not in stopped
     chat.type("/reset\n")
     chat.wait_for("you> ")
     chat.type("Who decides?\n")
     assert "tuned> You decide, after a visit.\r\n" in chat.wait_for("you> ")
-    chat.type("half a quest\x03")
-    assert "Ctrl-D ends the chat" in chat.wait_for("you> ")
+    chat.type("half a quest")
+    chat.wait_for("half a quest")
+    chat.press_until("\x03", "Ctrl-D ends the chat")
+    chat.wait_for("you> ")
     chat.type("\x04")
     assert chat.process.wait(timeout=60) == 0
     assert "Traceback" not in chat.screen
