@@ -1,4 +1,4 @@
-"""Helpers of the tests for stage 3: settings, data files and prepared sets in a folder of a test."""
+"""Help the tests of stage 3: settings, data files and prepared sets in a folder of a test."""
 
 import hashlib
 import json
@@ -98,4 +98,6 @@ def word(number: int) -> str:
 
 def make_data_columns(answers: "Sequence[str]") -> "list[Row]":
     """Return rows with these answers to unlike questions."""
-    return [{**row, "output": answer} for row, answer in zip(filler(len(answers)), answers)]
+    return [
+        {**row, "output": answer} for row, answer in zip(filler(len(answers)), answers, strict=True)
+    ]
