@@ -6403,7 +6403,7 @@ def save_results(result: TrainResult, data: PreparedData, config: FineTuningConf
         result.model.peft_config["default"].save_pretrained(str(staged))
         weights = adapter_weights(result.model)
         save_file(weights, staged / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_tokenizer(result.tokenizer, config, staged)
+        write_tokenizer(result.tokenizer, (base_model_folder(config.model_name),), staged)
         metrics = result.metrics | {
             "adapter_sha256": sha256_of(staged / "adapter_model.safetensors")
         }
@@ -6487,21 +6487,27 @@ def show_samples(samples: "Sequence[Sample]") -> None:
 
 
 def write_tokenizer(
-    tokenizer: "PreTrainedTokenizerFast", config: FineTuningConfig, folder: Path
+    tokenizer: "PreTrainedTokenizerFast", places: Sequence[Path], folder: Path
 ) -> None:
-    """Write the base's tokenizer files as they are, with the chat template where servers look.
+    """Write the tokenizer so that every reader splits text as in training.
 
-    save_pretrained of transformers 5 moves the template to a file that Ollama does not read, and
-    leaves tokenizer.model out.
+    Its files come as they are from the first of `places` that has them: save_pretrained of
+    transformers 5 moves the chat template to a file that Ollama does not read, and leaves
+    tokenizer.model out.
     """
     tokenizer.save_pretrained(folder)
-    base = base_model_folder(config.model_name)
     for name in ("tokenizer.json", "tokenizer.model", "special_tokens_map.json"):
-        if (base / name).is_file():
-            shutil.copyfile(base / name, folder / name)
-    source = base if (base / "tokenizer_config.json").is_file() else folder
-    settings = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+        for place in places:
+            if (place / name).is_file():
+                shutil.copyfile(place / name, folder / name)
+                break
+    settings = read_json_object(folder / "tokenizer_config.json")
     settings["chat_template"] = tokenizer.chat_template
+    # Under a Llama class, transformers 5 rebuilds the tokenizer and splits text after </s> in
+    # another way; this one takes tokenizer.json as it is, in every version.
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for unportable in ("backend", "is_local", "local_files_only"):
+        settings.pop(unportable, None)
     write_json(folder / "tokenizer_config.json", settings)
     if not (folder / "special_tokens_map.json").is_file():
         write_json(folder / "special_tokens_map.json", tokenizer.special_tokens_map)
@@ -7636,27 +7642,9 @@ def write_merged_folder(source: ExportSource, outtype: str, folder: Path) -> Non
     write_json(folder / "config.json", settings)
     if (source.base / "generation_config.json").is_file():
         shutil.copyfile(source.base / "generation_config.json", folder / "generation_config.json")
-    copy_tokenizer(source, folder)
+    write_tokenizer(source.tokenizer, (source.adapter.path, source.base), folder)
     if (source.adapter.path / CONFIG_FILE).is_file():  # chat reads the system message there
         shutil.copyfile(source.adapter.path / CONFIG_FILE, folder / CONFIG_FILE)
-
-
-def copy_tokenizer(source: ExportSource, folder: Path) -> None:
-    """Write the tokenizer so that every reader splits text as in training."""
-    source.tokenizer.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer.model", "special_tokens_map.json"):
-        for place in (source.adapter.path, source.base):
-            if (place / name).is_file():
-                shutil.copyfile(place / name, folder / name)
-                break
-    settings = read_json_object(folder / "tokenizer_config.json")
-    settings["chat_template"] = source.tokenizer.chat_template
-    # Under a Llama class, transformers 5 rebuilds the tokenizer and splits text after </s> in
-    # another way; this one takes tokenizer.json as it is, in every version.
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    for unportable in ("backend", "is_local", "local_files_only"):
-        settings.pop(unportable, None)
-    write_json(folder / "tokenizer_config.json", settings)
 
 
 # --- Format 2: GGUF.

@@ -511,7 +511,7 @@ def test_an_interrupted_run_ends_with_the_adapter_of_an_undisturbed_one(command,
 def test_a_second_run_on_one_output_folder_is_refused_while_the_first_lives(command, tmp_path):
     arguments, environment = command
     first = subprocess.Popen(
-        [*arguments, "--output_dir", "out"],
+        [*arguments, "--output_dir", "out", "--num_train_epochs", "500"],
         env=environment,
         cwd=tmp_path,
         stderr=subprocess.PIPE,
