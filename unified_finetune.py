@@ -1157,6 +1157,15 @@ def check_disk(config: FineTuningConfig) -> Check:
     )
 
 
+def check_environment_files() -> list[Check]:
+    """Warn about a .env that others on this machine can read: it holds the R2 keys."""
+    exposed = [path for path in environment_files() if path.stat().st_mode & 0o077]
+    return [
+        Check(".env", "warning", f"others can read {path}", f"chmod 600 {shlex.quote(str(path))}")
+        for path in exposed
+    ]
+
+
 def check_r2(config: FineTuningConfig) -> Check:
     """Check the R2 variables and the bucket; a local file needs neither."""
     if config.data_path:
@@ -1284,6 +1293,7 @@ def run_preflight(config: FineTuningConfig) -> PreflightReport:
             check_folder("output_dir", Path(config.output_dir)),
             check_folder("cache_dir", Path(config.cache_dir)),
             check_disk(config),
+            *check_environment_files(),
             check_r2(config),
             check_model(config),
         ]
@@ -6140,10 +6150,25 @@ def report_hang(step: int, seconds: float, device: str) -> None:
     )
 
 
+def keep_awake() -> None:
+    """Keep a Mac from falling asleep until this process ends; say when it runs on its battery."""
+    import psutil
+
+    if sys.platform != "darwin" or not is_main_process():
+        return
+    with contextlib.suppress(OSError):
+        subprocess.Popen(["caffeinate", "-is", "-w", str(os.getpid())])
+        log.info("  the machine is kept awake until the run ends (a closed lid still sleeps)")
+    battery = psutil.sensors_battery()
+    if battery and not battery.power_plugged:
+        log.warning("  on battery (%d %%): plug the power supply in", battery.percent)
+
+
 def train_to_the_end(
     trainer: "LoraTrainer", steps: int, done: int, checkpoint: "Path | None"
 ) -> None:
     """Run the trainer; on Ctrl-C or SIGTERM write a checkpoint of the last finished step."""
+    keep_awake()
     bar = progress_bar(steps, "steps", "training", initial=done)
     with deferred_signals(), watchdog(trainer), bar as trainer.bar:
         try:
@@ -8720,6 +8745,12 @@ def describe_unknown(argument: str, command: str) -> str:
     return f"unknown argument {argument!r}" + (f", did you mean --{near[0]}?" if near else "")
 
 
+def environment_files() -> list[Path]:
+    """Return the .env files that count: the current folder's, then the program's."""
+    places = dict.fromkeys((Path.cwd(), PROGRAM_FOLDER))
+    return [folder / ".env" for folder in places if (folder / ".env").is_file()]
+
+
 def read_environment() -> list[Setting]:
     """Load .env and return the settings in it.
 
@@ -8730,9 +8761,8 @@ def read_environment() -> list[Setting]:
     except ImportError:  # preflight reports the missing package
         pass
     else:
-        for folder in dict.fromkeys((Path.cwd(), PROGRAM_FOLDER)):
-            if (folder / ".env").is_file():
-                dotenv.load_dotenv(folder / ".env")
+        for path in environment_files():
+            dotenv.load_dotenv(path)
     SecretFilter.secrets.update(
         value
         for name in ("R2_ACCESS_KEY_ID", "R2_SECRET_ACCESS_KEY", "HF_TOKEN")

@@ -182,3 +182,21 @@ def test_everything_wrong_is_told_at_once(run_cli, tmp_path):
     for words in ("R2_ACCESS_KEY_ID", "R2_SECRET_ACCESS_KEY", "nothing-here", "free"):
         assert words in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_readable_env_file_is_warned_about(run_cli, tiny_model, sample_data, tmp_path):
+    (tmp_path / ".env").write_text("R2_BUCKET_NAME=some-bucket\n")
+    (tmp_path / ".env").chmod(0o644)
+    arguments = (
+        "check",
+        "--data_path",
+        sample_data,
+        "--model_name",
+        tiny_model,
+        "--min_disk_gb",
+        0,
+    )
+    loose = run_cli(*arguments)
+    assert (loose.code, "chmod 600" in loose.stderr) == (0, True), loose.stderr
+    (tmp_path / ".env").chmod(0o600)
+    assert "chmod 600" not in run_cli(*arguments).stderr
