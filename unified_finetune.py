@@ -5836,9 +5836,22 @@ def evaluate_run(trainer: "LoraTrainer") -> "dict[str, float]":
     return metrics
 
 
+def writing_problem(error: Exception, staged: Path) -> str:
+    """Clear away what could not be written, and return why.
+
+    PyTorch and safetensors say of a full disk only that a write came out short.
+    """
+    full = shutil.disk_usage(existing_parent(staged)).free < 1_000_000
+    shutil.rmtree(staged, ignore_errors=True)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return "the disk is full" if full else first_line(error)
+
+
 def write_checkpoint(trainer: "LoraTrainer") -> None:
     """Publish checkpoint-STEP in the output folder: adapter, optimizer, schedule, record."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if not is_main_process():
@@ -5862,9 +5875,9 @@ def write_checkpoint(trainer: "LoraTrainer") -> None:
         trainer.state.save_to_json(str(staged / "trainer_state.json"))
         write_json(staged / PROGRESS_FILE, dataclasses.asdict(trainer.run))
         publish_folder(staged, final)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise FineTuningError(
-            f"Checkpoint {step} cannot be written to {output}: {error.strerror or error}",
+            f"Checkpoint {step} cannot be written to {output}: {writing_problem(error, staged)}",
             hint="Make room there (earlier checkpoints are untouched), then run the same command "
             "again: it goes on from the last checkpoint.",
         ) from error
@@ -6417,6 +6430,7 @@ def remove_run(output: Path) -> None:
 
 def save_results(result: TrainResult, data: PreparedData, config: FineTuningConfig) -> RunArtifacts:
     """Write the adapter, its tokenizer, settings, metrics, quality report and model card."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     output = Path(config.output_dir)
@@ -6445,9 +6459,9 @@ def save_results(result: TrainResult, data: PreparedData, config: FineTuningConf
             model_card(config, data, metrics, samples), encoding="utf-8"
         )
         move_into_place(staged, output)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise FineTuningError(
-            f"The results cannot be written to {output}: {error.strerror or error}",
+            f"The results cannot be written to {output}: {writing_problem(error, staged)}",
             hint="Make room there, then run the same command again: the training itself is kept in "
             "the last checkpoint.",
         ) from error

@@ -407,6 +407,44 @@ def test_a_damaged_checkpoint_is_passed_over(prepare, tmp_path, caplog, damage):
     assert all(torch.equal(ours[n], expected[n]) for n in ours)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        OSError(5, "Input/output error"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 812992 vs 812880"),
+    ],
+    ids=["full disk", "failing disk", "full disk in PyTorch's words"],
+)
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(
+    prepare, tmp_path, monkeypatch, error
+):
+    data, config = prepare(num_train_epochs=2)
+    expected = finetune.adapter_weights(train(data, config).model)
+    config = dataclasses.replace(config, output_dir=str(tmp_path / "second"))
+    real, calls = torch.save, []
+
+    def fail_later(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 7:  # the second checkpoint
+            raise error
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", fail_later)
+    with pytest.raises(finetune.FineTuningError, match="cannot be written") as stopped:
+        train(data, config)
+    assert "goes on from the last checkpoint" in stopped.value.hint
+    left = finetune.list_checkpoints(tmp_path / "second")
+    assert left
+    assert all(finetune.checkpoint_problem(folder) is None for folder in left)
+    assert not list((tmp_path / "second").glob(".staging*"))
+    monkeypatch.setattr(torch, "save", real)
+    result = train(data, config)
+    assert result.metrics["resumed_from_step"] == finetune.checkpoint_step(left[0])
+    ours = finetune.adapter_weights(result.model)
+    assert all(torch.equal(ours[n], expected[n]) for n in ours)
+
+
 def test_old_checkpoints_are_pruned_and_the_newest_stays(prepare, tmp_path):
     data, config = prepare(num_train_epochs=2, save_steps=1, save_total_limit=2)
     result = train(data, config)
