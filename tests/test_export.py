@@ -407,7 +407,7 @@ def fifty_chats() -> "list[list[dict[str, str]]]":
     return chats
 
 
-def check_with_llama_cpp(adapter: Path, path: Path, *, same_answer: bool) -> None:
+def check_with_llama_cpp(adapter: Path, path: Path) -> None:
     """Compare llama.cpp on a GGUF with base + adapter in transformers: tokens, logits, answers."""
     llama_cpp = pytest.importorskip(
         "llama_cpp", reason="llama-cpp-python is not installed: llama.cpp itself is not compared"
@@ -430,11 +430,8 @@ def check_with_llama_cpp(adapter: Path, path: Path, *, same_answer: bool) -> Non
         llama.eval(ids)
         found = numpy.array(llama.scores[: len(ids)])
         worst = max(worst, float(numpy.abs(found - logits(served.model, ids).numpy()).max()))
-        if same_answer:
-            answer = program.generate_answer(
-                served.model, served.tokenizer, chat, max_new_tokens=40
-            )
-            assert greedy(llama, ids, 40) == list(answer.token_ids)
+        answer = program.generate_answer(served.model, served.tokenizer, chat, max_new_tokens=40)
+        assert greedy(llama, ids, 40) == list(answer.token_ids)
     assert worst < 1e-3
 
 
@@ -453,7 +450,7 @@ def test_llama_cpp_serves_the_tiny_adapter_as_trained(
     exported: "Callable[[str, str], Path]", adapter: Path
 ) -> None:
     """Fifty chats, logits and greedy answers, on the tests' own model."""
-    check_with_llama_cpp(adapter, exported("gguf", "f32"), same_answer=True)
+    check_with_llama_cpp(adapter, exported("gguf", "f32"))
 
 
 def test_llama_cpp_serves_a_really_trained_model(
@@ -482,7 +479,7 @@ def test_llama_cpp_serves_a_really_trained_model(
     assert done.code == 0, done.stderr
     assert done.stdout == "trained/gguf/trained-f32.gguf\n"
     assert "token ids of 20 chats are identical" in done.stderr
-    check_with_llama_cpp(tmp_path / "trained", tmp_path / done.stdout.strip(), same_answer=True)
+    check_with_llama_cpp(tmp_path / "trained", tmp_path / done.stdout.strip())
 
 
 def test_llama_cpp_splits_text_like_tinyllamas_tokenizer(assets: Path, tmp_path: Path) -> None:
@@ -501,7 +498,7 @@ def test_llama_cpp_splits_text_like_tinyllamas_tokenizer(assets: Path, tmp_path:
     LlamaForCausalLM(shape).save_pretrained(base)
     adapter = save_adapter(base, tmp_path / "adapter")
     path = export(adapter, tmp_path / "gguf", "gguf")
-    check_with_llama_cpp(adapter, path, same_answer=False)
+    check_with_llama_cpp(adapter, path)
 
 
 # --- The Modelfile
