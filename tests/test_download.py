@@ -1071,6 +1071,7 @@ import unified_finetune as program
 program.BACKOFF_SECONDS = 0.01
 program.run_preflight = lambda config: None
 program.prepare_dataset = lambda file, config: print(file.sha256)
+program.estimate_run = lambda data, report, config: None
 {extra}
 sys.exit(program.main(["data", *sys.argv[1:]]))
 """
