@@ -6426,6 +6426,9 @@ def remove_run(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
     for folder in [*list_checkpoints(output), *output.glob(".staging-*")]:
         shutil.rmtree(folder)
+    stale = [folder.name for folder in (output / "merged", output / "gguf") if folder.is_dir()]
+    if stale:
+        log.warning("  %s in %s is the earlier run's: export again", " and ".join(stale), output)
 
 
 def save_results(result: TrainResult, data: PreparedData, config: FineTuningConfig) -> RunArtifacts:
