@@ -2678,9 +2678,14 @@ def syntax_error(path: Path, what: str, line: int, column: int) -> FineTuningErr
     )
 
 
+UNCLOSED = "not valid JSON: the text that begins here is not closed"
+
+
 def describe_json_error(error: "ValueError | RecursionError") -> "tuple[str, int]":
     """Return what is wrong with a JSON text and at which position."""
     if isinstance(error, json.JSONDecodeError):
+        if error.msg.startswith("Unterminated string"):
+            return UNCLOSED, error.pos
         return "not valid JSON: " + error.msg.lower(), error.pos
     if isinstance(error, RecursionError):
         return "nested too deeply", 0
@@ -2803,11 +2808,11 @@ class JsonWindow:
 
     def may_go_on(self, what: str, position: int) -> bool:
         """Tell whether an error can come from the piece being cut off rather than from the file."""
-        return "unterminated string" in what or position >= len(self.text) - 16
+        return what == UNCLOSED or position >= len(self.text) - 16
 
     def error(self, what: str, position: int) -> FineTuningError:
         """Describe a syntax error at a position; say so where the file simply ends too early."""
-        if self.at_end and ("unterminated" in what or not self.text[position:].strip()):
+        if self.at_end and (what == UNCLOSED or not self.text[position:].strip()):
             what += " (the file ends too early: was it cut off?)"
         return syntax_error(self.path, what, *self.place(position))
 
@@ -2851,7 +2856,7 @@ def read_json_document(stream: BinaryIO, path: Path) -> Iterator[SourceRow]:
         content = make_json_decoder().decode(text)
     except (ValueError, RecursionError) as error:
         what, position = describe_json_error(error)
-        if position >= len(text.rstrip()) or "unterminated" in what:
+        if position >= len(text.rstrip()) or what == UNCLOSED:
             what += " (the file ends too early: was it cut off?)"
         line = text.count("\n", 0, position) + 1
         column = position - text.rfind("\n", 0, position)
@@ -4125,7 +4130,10 @@ SAME_FAMILY = 0.25
 LARGEST_FAMILY = 20  # rows that only similarity joins: chains of it would join everything
 BANDS, BAND_ROWS = 48, 2  # of the MinHash
 STEMS_AT_ONCE = 1 << 22
-FEW_ROWS = 5000  # up to which more candidates are compared
+# What makes two rows candidates: up to FEW_ROWS one common band, up to MANY_ROWS two of them, and
+# beyond two in succession, which random pairs practically never have (at 0.5, 95 % of pairs have).
+FEW_ROWS, MANY_ROWS = 5_000, 100_000
+MOST_CANDIDATES = 5_000_000  # that wait to be counted, and in the end
 LONG_OUTLIER = 3.5  # robust standard deviations of the logarithm of the length
 
 
@@ -4230,25 +4238,26 @@ def find_candidates(path: Path, rows: "IntArray", filled: "IntArray", size: int)
         offset = 4 * len(rows) * (number % BANDS)
         return np.fromfile(path, np.uint32, len(rows), offset=offset)[filled]
 
-    few = len(rows) <= FEW_ROWS
-    pieces = [np.empty(0, np.int64)]
+    few, many = len(rows) <= FEW_ROWS, len(rows) > MANY_ROWS
     candidates = rows[filled]
+    pieces = [np.empty(0, np.int64)]
     for number in range(BANDS):
-        band = read_band(number)
         # Within a band, the next one decides the order, so that rows alike are neighbours.
-        order = np.argsort(
-            (band.astype(np.uint64) << np.uint64(32)) | read_band(number + 1), kind="stable"
-        )
-        band = band[order]
+        band = (read_band(number).astype(np.uint64) << np.uint64(32)) | read_band(number + 1)
+        order = np.argsort(band, kind="stable")
+        band = band[order] if many else band[order] >> np.uint64(32)
         for distance in range(1, 9 if few else 5):
             same = np.flatnonzero(band[distance:] == band[:-distance])
             one, other = candidates[order[same]], candidates[order[same + distance]]
             pieces.append(np.minimum(one, other) * size + np.maximum(one, other))
-        if sum(map(len, pieces)) > 20_000_000:
+        if sum(map(len, pieces)) > MOST_CANDIDATES:
             pairs, counts = np.unique(np.concatenate(pieces), return_counts=True)
             pieces = [pairs, pairs[counts > 1]]
+            if len(pairs) > MOST_CANDIDATES:
+                log.debug("Only %d of %d MinHash bands are compared", number + 1, BANDS)
+                break
     pairs, counts = np.unique(np.concatenate(pieces), return_counts=True)
-    return pairs if few else pairs[counts > 1]
+    return pairs if few or many else pairs[counts > 1]
 
 
 def find_similar(sets: StemSets, rows: "IntArray", path: Path) -> RowPairs:
@@ -4661,7 +4670,11 @@ def check_quality(report: QualityReport, path: Path, config: FineTuningConfig) -
             "The data set holds no rows.", hint="It must be an array of rows, or one row per line."
         )
     first = [
-        "row {}: {}".format(entry["row"], entry["detail"])
+        "row {}{}: {}".format(
+            entry["row"],
+            " (line {})".format(entry.get("line")) * ("line" in entry),
+            entry["detail"],
+        )
         for entry in report.rejected[:BROKEN_LINES_SHOWN]
     ]
     examples = "".join("\n  - " + shorten(line, 200) for line in first)

@@ -87,8 +87,11 @@ def test_every_good_file_is_usable_to_the_last_row(prepare: Preparer, name: str)
         ("broken_toplevel_object.json", "without a list of rows .*title, version, topics, count"),
         ("broken_wrong_keys.json", r"None of the 6 rows is usable(.|\n)*heading, notes, body"),
         ("broken_empty_outputs.json", r"None of the 8 rows is usable(.|\n)*output is empty"),
-        ("broken_number_as_text.json", r"Only 5 of 8 rows(.|\n)*row 2: output is a number"),
-        ("broken_mixed.json", r"Only 5 of 12 rows(.|\n)*row 4: the row is null"),
+        (
+            "broken_number_as_text.json",
+            r"Only 5 of 8 rows(.|\n)*row 2 .line 12.: output is a number",
+        ),
+        ("broken_mixed.json", r"Only 5 of 12 rows(.|\n)*row 4 .line 22.: the row is null"),
         ("broken_low_quality.jsonl", r"Only 10 of 20 rows are usable: quality score 0\.500"),
     ],
 )
@@ -388,6 +391,20 @@ def test_no_usable_row_is_an_error_even_with_yes(prepare: Preparer) -> None:
     with pytest.raises(program.FineTuningError, match="None of the 8 rows"):
         prepare.file(DATA / "broken_empty_outputs.json", yes=True)
     assert prepare.report()["valid_examples"] == 0
+
+
+def test_a_person_who_says_yes_goes_on_and_one_who_says_no_does_not(
+    prepare: Preparer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    for answer in (True, False):
+        monkeypatch.setattr(program, "ask", lambda q, _c, a=answer: asked.append(q) or a)
+        if answer:
+            assert prepare.file(DATA / "broken_mixed.json").quality.valid_examples == 5
+        else:
+            with pytest.raises(program.FineTuningError, match="5 of 12"):
+                prepare.file(DATA / "broken_mixed.json")
+    assert all(question.endswith("Go on?") for question in asked)
 
 
 def test_a_lower_threshold_accepts_what_was_refused(prepare: Preparer) -> None:
