@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -121,13 +122,12 @@ def run_ours(
         "bf16": precision == "bf16",
     }
     config = program.build_config([program.Setting(k, v, "benchmark") for k, v in values.items()])
-    data = program.PreparedData(
-        datasets.Dataset.from_list(examples),
-        datasets.Dataset.from_list(evaluation),
-        program.load_tokenizer(str(model)),
-        program.QualityReport(0, 0, 1, 0, 0, 0, 0, {}, ()),
-        program.DatasetFile(Path("benchmark"), 0, None, "benchmark", "benchmark"),
-        0,
+    # What the trainer reads of PreparedData.
+    data = types.SimpleNamespace(
+        train=datasets.Dataset.from_list(examples),
+        eval=datasets.Dataset.from_list(evaluation),
+        tokenizer=program.load_tokenizer(str(model)),
+        source=types.SimpleNamespace(sha256="benchmark"),
     )
     dtype = "bfloat16" if precision == "bf16" else "float32"
     adapted = program.add_adapter(program.load_base_model(config, "cpu", dtype), config)
