@@ -94,10 +94,3 @@ def word(number: int) -> str:
         number, digit = divmod(number, len(syllables))
         digits.append(syllables[digit])
     return "".join(digits)
-
-
-def make_data_columns(answers: "Sequence[str]") -> "list[Row]":
-    """Return rows with these answers to unlike questions."""
-    return [
-        {**row, "output": answer} for row, answer in zip(filler(len(answers)), answers, strict=True)
-    ]

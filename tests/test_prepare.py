@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -849,6 +850,35 @@ def test_a_damaged_cache_is_made_anew(
     built = count_builds(monkeypatch)
     assert all_rows(prepare.rows(filler(20))) == expected
     assert len(built) == 1
+
+
+def test_a_process_that_was_faster_is_not_disturbed(
+    prepare: Preparer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = all_rows(prepare.rows(filler(20)))
+    (folder,) = (prepare.folder / "cache" / "prepared").iterdir()
+    faster = prepare.folder / "faster"
+    folder.rename(faster)
+    build = program.build_prepared
+
+    def build_while_another_finishes(*arguments: Any) -> None:
+        build(*arguments)
+        faster.rename(folder)
+
+    monkeypatch.setattr(program, "build_prepared", build_while_another_finishes)
+    inode = (faster / "examples.arrow").stat().st_ino
+    assert all_rows(prepare.rows(filler(20))) == expected
+    assert (folder / "examples.arrow").stat().st_ino == inode
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_what_a_killed_run_left_behind_is_removed_after_a_day(prepare: Preparer) -> None:
+    cache = prepare.folder / "cache" / "prepared"
+    for name, age in (("building-old", 100_000), ("building-new", 100)):
+        (cache / name).mkdir(parents=True)
+        os.utime(cache / name, (time.time() - age,) * 2)
+    prepare.rows(filler(5))
+    assert {path.name for path in cache.iterdir() if "-" in path.name} == {"building-new"}
 
 
 def test_only_the_last_preparations_are_kept(prepare: Preparer) -> None:
