@@ -1,4 +1,4 @@
-"""Help the tests of stage 3: settings, data files and prepared sets in a folder of a test."""
+"""Helpers of the tests for stage 3: settings, data files and prepared sets of one test."""
 
 import hashlib
 import json
