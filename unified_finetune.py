@@ -2674,7 +2674,8 @@ def syntax_error(path: Path, what: str, line: int, column: int) -> FineTuningErr
     """Describe a JSON syntax error with its place."""
     return FineTuningError(
         f"{path}, line {line}, column {column}: {what}.",
-        hint="Correct the file, or export it again.",
+        hint="Correct the file, or export it again: all rows as one JSON array, or one row per "
+        "line without commas between them.",
     )
 
 
@@ -2752,21 +2753,26 @@ class JsonWindow:
         self.decode_value = make_json_decoder().raw_decode
         self.decode_utf8 = codecs.getincrementaldecoder("utf-8")("strict").decode
         self.text, self.position = "", 0
-        self.line, self.column = 1, 1  # of text[0]
+        self.mark, self.line, self.column = 0, 1, 1  # line and column of text[mark]
         self.offset, self.newlines = stream.tell(), 0  # of the bytes read so far
         self.at_end = False
 
     def place(self, position: int) -> "tuple[int, int]":
-        """Return the line and column, both from 1, of a position in the text."""
-        newlines = self.text.count("\n", 0, position)
+        """Return the line and column, both from 1, of a position at or behind the mark."""
+        newlines = self.text.count("\n", self.mark, position)
         if not newlines:
-            return self.line, self.column + position
-        return self.line + newlines, position - self.text.rindex("\n", 0, position)
+            return self.line, self.column + position - self.mark
+        return self.line + newlines, position - self.text.rindex("\n", self.mark, position)
+
+    def move_mark(self) -> None:
+        """Move the mark to the position, so that no line break is counted twice."""
+        self.line, self.column = self.place(self.position)
+        self.mark = self.position
 
     def fill(self) -> None:
         """Drop what was used and read on, at least as much as is left, so that retries stay few."""
-        self.line, self.column = self.place(self.position)
-        self.text, self.position = self.text[self.position :], 0
+        self.move_mark()
+        self.text, self.position, self.mark = self.text[self.position :], 0, 0
         piece = self.stream.read(max(1 << 20, len(self.text)))
         self.at_end = not piece
         try:
@@ -2826,8 +2832,8 @@ def read_json_array(stream: BinaryIO, path: Path) -> Iterator[SourceRow]:
     if window.next_char() != "]":
         while True:
             window.next_char()
-            line, _ = window.place(window.position)
-            yield SourceRow(index, line, window.next_value(), window.offset)
+            window.move_mark()
+            yield SourceRow(index, window.line, window.next_value(), window.offset)
             index += 1
             char = window.next_char()
             if char == "]":
