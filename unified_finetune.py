@@ -4496,14 +4496,14 @@ def fill_sides(
 
     if len(sizes) < 2:
         raise FineTuningError(
-            "All usable rows ask the same question, so none can be held out for evaluation."
+            "All usable rows are versions of one question: none can be held out for evaluation."
             if len(sizes)
             else "No row is left to train on.",
             hint="At least two different rows are needed, and some hundreds are useful.",
         )
     for side, sign in ((EVAL, 1), (TRAIN, -1)):  # the smallest family to eval, the largest to train
         if not (sides == side).any():
-            order = np.lexsort((np.array(draws), sign * sizes[number]))
+            order = np.lexsort((sign * np.array(draws), sign * sizes[number]))
             sides[number == number[order[0]]] = side
     return sides
 
