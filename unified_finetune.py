@@ -4443,7 +4443,8 @@ def choose_sides(families: "IntArray", lengths: "IntArray", config: FineTuningCo
     A seeded hash of a family's first question decides, so that rows of one family stay together
     and neither later rows nor the order matter. In small sets the shares would stray by chance:
     there the hash is overruled where the rows so far, as a whole or of similar length, are off by
-    more than a tenth (and more than one row). Only earlier rows count: appended ones move none.
+    more than a tenth (and more than one row). Only earlier rows count: appended ones move none, but
+    where they join two families into one.
     """
     import numpy as np
 
