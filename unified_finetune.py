@@ -2674,7 +2674,8 @@ def syntax_error(path: Path, what: str, line: int, column: int) -> FineTuningErr
     """Describe a JSON syntax error with its place."""
     return FineTuningError(
         f"{path}, line {line}, column {column}: {what}.",
-        hint="Correct the file, or export it again.",
+        hint="Correct the file, or export it again: all rows as one JSON array, or one row per "
+        "line without commas between them.",
     )
 
 
@@ -2752,21 +2753,26 @@ class JsonWindow:
         self.decode_value = make_json_decoder().raw_decode
         self.decode_utf8 = codecs.getincrementaldecoder("utf-8")("strict").decode
         self.text, self.position = "", 0
-        self.line, self.column = 1, 1  # of text[0]
+        self.mark, self.line, self.column = 0, 1, 1  # line and column of text[mark]
         self.offset, self.newlines = stream.tell(), 0  # of the bytes read so far
         self.at_end = False
 
     def place(self, position: int) -> "tuple[int, int]":
-        """Return the line and column, both from 1, of a position in the text."""
-        newlines = self.text.count("\n", 0, position)
+        """Return the line and column, both from 1, of a position at or behind the mark."""
+        newlines = self.text.count("\n", self.mark, position)
         if not newlines:
-            return self.line, self.column + position
-        return self.line + newlines, position - self.text.rindex("\n", 0, position)
+            return self.line, self.column + position - self.mark
+        return self.line + newlines, position - self.text.rindex("\n", self.mark, position)
+
+    def move_mark(self) -> None:
+        """Move the mark to the position, so that no line break is counted twice."""
+        self.line, self.column = self.place(self.position)
+        self.mark = self.position
 
     def fill(self) -> None:
         """Drop what was used and read on, at least as much as is left, so that retries stay few."""
-        self.line, self.column = self.place(self.position)
-        self.text, self.position = self.text[self.position :], 0
+        self.move_mark()
+        self.text, self.position, self.mark = self.text[self.position :], 0, 0
         piece = self.stream.read(max(1 << 20, len(self.text)))
         self.at_end = not piece
         try:
@@ -2826,8 +2832,8 @@ def read_json_array(stream: BinaryIO, path: Path) -> Iterator[SourceRow]:
     if window.next_char() != "]":
         while True:
             window.next_char()
-            line, _ = window.place(window.position)
-            yield SourceRow(index, line, window.next_value(), window.offset)
+            window.move_mark()
+            yield SourceRow(index, window.line, window.next_value(), window.offset)
             index += 1
             char = window.next_char()
             if char == "]":
@@ -4437,7 +4443,8 @@ def choose_sides(families: "IntArray", lengths: "IntArray", config: FineTuningCo
     A seeded hash of a family's first question decides, so that rows of one family stay together
     and neither later rows nor the order matter. In small sets the shares would stray by chance:
     there the hash is overruled where the rows so far, as a whole or of similar length, are off by
-    more than a tenth (and more than one row). Only earlier rows count: appended ones move none.
+    more than a tenth (and more than one row). Only earlier rows count: appended ones move none, but
+    where they join two families into one.
     """
     import numpy as np
 
@@ -4490,14 +4497,14 @@ def fill_sides(
 
     if len(sizes) < 2:
         raise FineTuningError(
-            "All usable rows ask the same question, so none can be held out for evaluation."
+            "All usable rows are versions of one question: none can be held out for evaluation."
             if len(sizes)
             else "No row is left to train on.",
             hint="At least two different rows are needed, and some hundreds are useful.",
         )
     for side, sign in ((EVAL, 1), (TRAIN, -1)):  # the smallest family to eval, the largest to train
         if not (sides == side).any():
-            order = np.lexsort((np.array(draws), sign * sizes[number]))
+            order = np.lexsort((sign * np.array(draws), sign * sizes[number]))
             sides[number == number[order[0]]] = side
     return sides
 

@@ -746,6 +746,12 @@ def test_the_eval_share_is_close_for_every_size(
         assert (sides == program.UNUSED).sum() == 0
 
 
+def test_two_rows_are_one_to_train_and_one_to_evaluate_whatever_the_shares(tmp_path: Path) -> None:
+    for seed in range(50):
+        sides = split(2, tmp_path, seed=seed, train_split=0.1, eval_split=0.1)
+        assert sorted(sides) == [program.TRAIN, program.EVAL]
+
+
 def test_seeds_give_different_splits_and_the_same_seed_the_same(tmp_path: Path) -> None:
     first, again, other = (split(400, tmp_path, seed=seed) for seed in (1, 1, 2))
     assert (first == again).all()
@@ -791,9 +797,9 @@ def test_shares_below_one_leave_rows_unused_and_say_so(
 
 def test_one_question_alone_cannot_be_split(prepare: Preparer) -> None:
     row = {"instruction": "Why?", "output": "Because."}
-    with pytest.raises(program.FineTuningError, match="the same question"):
+    with pytest.raises(program.FineTuningError, match="versions of one question"):
         prepare.rows([row, row, {**row, "output": "For a reason."}])
-    with pytest.raises(program.FineTuningError, match="the same question"):
+    with pytest.raises(program.FineTuningError, match="versions of one question"):
         prepare.rows([row])
 
 
