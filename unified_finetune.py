@@ -95,6 +95,7 @@ if TYPE_CHECKING:
         TrainerCallback,
     )
     from transformers.generation.streamers import BaseStreamer
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
     from trl import SFTConfig, SFTTrainer
 
     IntArray = NDArray[Any]
@@ -4949,11 +4950,12 @@ def prepare_dataset(file: DatasetFile, config: FineTuningConfig) -> PreparedData
 # --- The engine: the examples of one optimizer step, cut into padding-free forward passes.
 #
 # A pass lays its examples end to end in one row of tokens, so that nothing is spent on padding.
-# The prompt tokens that all of them start with stand there once; the last token of an example is
-# never an input, since nothing follows it. Only attention, which must not look from one example
-# into another, gathers the tokens into one padded row per example; and only supervised positions
-# reach the LM head. The sum of the passes' losses over the supervised tokens of the whole batch
-# gives the gradients that one padded batch of the same examples would give.
+# Beginnings that several of them share (the template's first tokens, a system prompt, the same
+# question) stand there once; the last token of an example is never an input, since nothing follows
+# it. Only attention, which must not look from one example into another, gathers the tokens into
+# one padded row per example; and behind the last attention only supervised positions go on, into
+# the last MLP and the LM head. The sum of the passes' losses over the supervised tokens of the
+# whole batch gives the gradients that one padded batch of the same examples would give.
 
 
 class Example(typing.TypedDict):
@@ -5012,36 +5014,31 @@ def plan_passes(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return passes
 
 
-def shared_prefix(examples: Sequence[Example]) -> int:
-    """Count the prompt tokens that all examples start with, short of each one's last."""
-    limit = min(e["prompt_length"] for e in examples) - 1
-    first = examples[0]["input_ids"]
-    for length in range(limit):
-        if any(e["input_ids"][length] != first[length] for e in examples):
-            return length
-    return max(limit, 0)
-
-
 def lay_out(examples: Sequence[Example], device: str) -> Pass:
-    """Lay examples end to end behind the prefix they share."""
+    """Lay examples end to end; tokens behind the same beginning stand there once, as in a trie."""
     import torch
 
-    shared = shared_prefix(examples)
     width = max(len(e["input_ids"]) for e in examples) - 1
-    ids, positions = list(examples[0]["input_ids"][:shared]), list(range(shared))
-    gather, scatter = [], list(range(shared))
+    places: dict[tuple[int, int], int] = {}  # (place of the token before, token) -> place
+    ids: list[int] = []
+    positions: list[int] = []
+    gather: list[int] = []
+    scatter: list[int] = []
     keep: list[int] = []
     targets: list[int] = []
     for row, example in enumerate(examples):
-        tokens, prompt = example["input_ids"], example["prompt_length"]
-        start, own = len(ids), len(tokens) - 1 - shared
-        ids += tokens[shared:-1]
-        positions += range(shared, shared + own)
-        cells = [*range(shared), *range(start, start + own)]
+        cells: list[int] = []
+        place = -1
+        for position, token in enumerate(example["input_ids"][:-1]):
+            place = places.setdefault((place, token), len(ids))
+            if place == len(ids):
+                ids.append(token)
+                positions.append(position)
+                scatter.append(row * width + position)
+            cells.append(place)
         gather += cells + [0] * (width - len(cells))
-        scatter += range(row * width + shared, row * width + shared + own)
-        keep += range(start + prompt - 1 - shared, start + own)
-        targets += tokens[prompt:]
+        keep += cells[example["prompt_length"] - 1 :]
+        targets += example["input_ids"][example["prompt_length"] :]
 
     def tensor(values: "list[int] | list[list[int]]") -> "torch.Tensor":
         return torch.tensor(values, device=device)
@@ -5299,16 +5296,38 @@ def add_adapter(model: "PreTrainedModel", config: FineTuningConfig) -> "PeftMode
     return adapted
 
 
+LLAMA_LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+
+
+def last_layer_forward(
+    layer: "LlamaDecoderLayer", hidden: "torch.Tensor", **kwargs: typing.Any
+) -> "torch.Tensor":
+    """Run the last decoder layer and return the supervised positions alone, [1, supervised, size].
+
+    Behind its attention no position looks at another one, so that the others can be left out.
+    """
+    layout = kwargs.get("layout")
+    if layout is None:
+        return type(layer).forward(layer, hidden, **kwargs)
+    if {name for name, _ in layer.named_children()} != LLAMA_LAYER:
+        return type(layer).forward(layer, hidden, **kwargs).index_select(1, layout.keep)
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **kwargs)
+    hidden = (hidden + attended).index_select(1, layout.keep)
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
 def install_engine(model: "PeftModel") -> None:
-    """Let the model attend through `packed_attention`, and its adapters run as LoraLinear."""
+    """Let attention, the last layer and the adapters run as above (outside of passes, as ever)."""
     from peft.tuners import lora
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, packed_attention)
     base_of(model).set_attn_implementation(ATTENTION)
+    # An attribute of the instance wins over the method of its class.
+    last = base_of(model).get_decoder().layers[-1]
+    vars(last)["forward"] = functools.partial(last_layer_forward, last)
     for module in model.modules():
         if isinstance(module, lora.Linear):
-            # An attribute of the instance wins over the method of its class.
             vars(module)["forward"] = functools.partial(fast_lora_forward, module)
 
 
@@ -5324,7 +5343,7 @@ def pass_loss(model: "PeftModel", layout: Pass) -> "torch.Tensor":
     head = base.get_output_embeddings()
     head_loss, _ = engine_functions()
     return head_loss.apply(
-        hidden[0].index_select(0, layout.keep),
+        hidden[0],
         head.weight,
         getattr(head, "bias", None),
         layout.targets,
