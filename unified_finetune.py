@@ -148,6 +148,7 @@ class FineTuningConfig:
     lr_scheduler_type: str = option("cosine", "learning-rate schedule", choices=("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"))
     fp16: bool = option(False, "hold the frozen base in fp16 (NVIDIA GPUs only)")
     bf16: bool = option(False, "hold the frozen base in bf16 (half the memory; faster where the chip has bf16)")
+    float32_matmul_precision: Literal["highest", "high", "medium"] = option("highest", "products of float32: high allows TF32 on NVIDIA GPUs, medium bf16 on processors that have it")
     dataloader_num_workers: int = option(0, "extra processes that load batches", at_least=0)
     logging_steps: int = option(10, "log the loss every so many steps", at_least=1)
     eval_steps: int = option(50, "evaluate every so many steps", at_least=1)
@@ -843,6 +844,7 @@ class ModelSize:
     heads: int
     vocabulary: int
     context: int
+    file_bytes: int
 
 
 def measure_model(config: FineTuningConfig) -> ModelSize:
@@ -880,25 +882,38 @@ def measure_model(config: FineTuningConfig) -> ModelSize:
         heads=heads,
         vocabulary=text.vocab_size,
         context=text.max_position_embeddings,
+        file_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
     )
 
 
-RUNTIME_BYTES = 700_000_000  # Python, PyTorch and the data, before the model is loaded
+RUNTIME_BYTES = 550_000_000  # Python and its packages
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def estimate_memory(size: ModelSize, dtype: str, tokens: int, *, recompute: bool = False) -> int:
-    """Estimate the peak memory, in bytes, of training with passes of `tokens` tokens."""
+    """Estimate the bytes that training with passes of `tokens` tokens needs."""
     width = DTYPE_BYTES[dtype]
     # The adapter: weights, gradients, two Adam moments, and the best weights so far, all fp32.
     fixed = RUNTIME_BYTES + size.parameters * width + size.trainable * 4 * 5
     residual = 2 * size.hidden * 4  # RMSNorm saves its input in fp32, twice a layer
     attention = (3 * size.hidden + 2 * size.key_value) * width + 4 * size.hidden
     scores = size.heads * min(tokens, LONGEST_MATH_ROW) * width
-    per_layer = residual + attention + scores + 3 * size.feed_forward * width
+    feed_forward = 3 * size.feed_forward * width
+    per_layer = residual + attention + scores + feed_forward
     kept = size.hidden * width * size.layers + per_layer if recompute else per_layer * size.layers
     logits = 3 * HEAD_CHUNK * size.vocabulary * 4
-    return fixed + tokens * kept + logits
+    # Gradients on their way through one layer are as large as its feed-forward activations.
+    return fixed + tokens * (kept + feed_forward) + logits
+
+
+def estimate_loading(size: ModelSize, dtype: str) -> int:
+    """Estimate the bytes in memory while the base model is read.
+
+    The file's pages stand beside weights of another dtype; they are given up where memory is short.
+    """
+    weights = size.parameters * DTYPE_BYTES[dtype]
+    other_dtype = abs(size.file_bytes - weights) > 0.1 * weights
+    return RUNTIME_BYTES + weights + (size.file_bytes if other_dtype else 0)
 
 
 def machine_memory(device: str) -> int:
@@ -911,26 +926,61 @@ def machine_memory(device: str) -> int:
     return psutil.virtual_memory().total
 
 
-def choose_budget(config: FineTuningConfig, device: str, dtype: str) -> "tuple[int, str]":
-    """Return the tokens of a forward pass, and why.
+SMALLEST_BUDGET = 256  # tokens; smaller passes are slow
 
-    The user grants per_device_train_batch_size x max_seq_length. Where that would not fit into
-    four fifths of the machine's memory it is halved, down to one example of max_seq_length.
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Hold the tokens of a forward pass, whether to recompute activations, and the peak [bytes]."""
+
+    budget: int
+    recompute: bool
+    peak: int
+    reason: str
+
+
+def plan_memory(
+    config: FineTuningConfig, device: str, dtype: str, lengths: Sequence[int] = ()
+) -> MemoryPlan:
+    """Choose the tokens of a forward pass so that the run fits into the machine's memory.
+
+    The user grants per_device_train_batch_size x max_seq_length tokens. Where that would take more
+    than four fifths of the memory the machine has in all, the budget is halved, down to the longest
+    example; then activations are recomputed. `lengths` are the training examples' tokens; without
+    them passes count as full.
     """
-    size = measure_model(config)
-    total = machine_memory(device)
+    size, total = measure_model(config), machine_memory(device)
     granted = budget = config.per_device_train_batch_size * config.max_seq_length
+    floor = max(SMALLEST_BUDGET, max(lengths, default=config.max_seq_length))
     recompute = config.gradient_checkpointing == "on"
-    while (
-        budget // 2 >= config.max_seq_length
-        and estimate_memory(size, dtype, budget, recompute=recompute) > 0.8 * total
-    ):
-        budget //= 2
-    need = human_bytes(estimate_memory(size, dtype, budget, recompute=recompute))
-    reason = f"{need} of this machine's {human_bytes(total)}"
+    while True:
+        tokens = largest_pass(lengths, effective_batch(config), budget, config.seed)
+        need = estimate_memory(size, dtype, tokens, recompute=recompute)
+        if need <= 0.8 * total:
+            break
+        if budget // 2 >= floor:
+            budget //= 2
+        elif config.gradient_checkpointing == "auto" and not recompute:
+            recompute = True
+        else:
+            break
+    peak = need if device == "cuda" else max(need, estimate_loading(size, dtype))
+    reason = f"about {human_bytes(peak)} of this machine's {human_bytes(total)}"
     if budget < granted:
         reason += f" ({granted} were granted)"
-    return budget, reason
+    return MemoryPlan(budget, recompute, peak, reason)
+
+
+def largest_pass(lengths: Sequence[int], batch: int, budget: int, seed: int) -> int:
+    """Return the most tokens that a pass will have: shuffled batches, cut up as training does."""
+    import numpy as np
+
+    order = np.random.default_rng(seed).permutation(lengths).tolist()
+    batches = [order[start : start + batch] for start in range(0, len(order), batch)]
+    return max(
+        (sum(b[i] for i in indices) for b in batches for indices in plan_passes(b, budget)),
+        default=budget,
+    )
 
 
 def check_memory(config: FineTuningConfig, device: str, dtype: str) -> Check:
@@ -938,17 +988,15 @@ def check_memory(config: FineTuningConfig, device: str, dtype: str) -> Check:
     import psutil
 
     try:
-        size = measure_model(config)
-        budget, _ = choose_budget(config, device, dtype)
+        plan = plan_memory(config, device, dtype)
     except FineTuningError as error:
         return Check("memory", "failed", str(error), error.hint)
-    need, total = estimate_memory(size, dtype, budget), machine_memory(device)
-    free = psutil.virtual_memory().available
+    total, free = machine_memory(device), psutil.virtual_memory().available
     detail = (
-        f"{human_bytes(need)} needed at most, {human_bytes(total)} in all, "
+        f"{human_bytes(plan.peak)} needed at most, {human_bytes(total)} in all, "
         f"{human_bytes(free)} free now"
     )
-    if need > total:
+    if plan.peak > total:
         hint = "Try --bf16 (half the memory), a smaller --max_seq_length, or --device cpu."
         return Check("memory", "warning", detail, hint)
     return Check("memory", "ok", detail)
@@ -1053,6 +1101,24 @@ def emulation_warning(device: str, dtype: str) -> "str | None":
     if dtype == "bfloat16" and device == "cuda" and not torch.cuda.is_bf16_supported(False):
         return "this GPU computes bf16 in software"
     return None
+
+
+def product_rate(device: str, dtype: str, precision: str = "highest") -> float:
+    """Measure matrix products of TinyLlama's width, in GFLOP/s: the best of five."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    tokens, width = 256, 2048
+    a = torch.ones(tokens, width, device=device, dtype=getattr(torch, dtype))
+    b = torch.ones(width, width, device=device, dtype=getattr(torch, dtype))
+    best = math.inf
+    for _ in range(5):
+        started = time.perf_counter()
+        torch.nn.functional.linear(a, b)[0, 0].item()  # waits for a GPU
+        best = min(best, time.perf_counter() - started)
+    torch.set_float32_matmul_precision(before)
+    return 2 * tokens * width * width / best / 1e9
 
 
 # --- The checks.
@@ -1286,6 +1352,29 @@ def check_device(config: FineTuningConfig) -> "tuple[Check, str, str]":
     return Check("device", "ok", f"{device}, base model in {dtype} ({reason})"), device, dtype
 
 
+def check_precision(config: FineTuningConfig, device: str, dtype: str) -> Check:
+    """Measure what another precision would gain on this machine."""
+    flags = {"--bf16": ("bfloat16", "highest")}
+    if device == "cuda":
+        flags["--float32_matmul_precision high"] = ("float32", "high")
+    elif device == "cpu" and cpu_has_bf16():
+        flags["--float32_matmul_precision medium"] = ("float32", "medium")
+    ours = product_rate(device, dtype, config.float32_matmul_precision)
+    detail = f"{dtype} multiplies at {ours:,.0f} GFLOP/s"
+    faster = []
+    for flag, (other, precision) in flags.items():
+        if (other, precision) == (dtype, config.float32_matmul_precision):
+            continue
+        with contextlib.suppress(RuntimeError, TypeError):  # some devices lack a dtype
+            rate = product_rate(device, other, precision)
+            detail += f", with {flag} at {rate:,.0f}"
+            if rate > 1.2 * ours:
+                faster.append(f"{flag} {rate / ours:.1f}x as fast")
+    if dtype == "float32" and faster:
+        return Check("precision", "ok", f"{detail}: {' or '.join(faster)}")
+    return Check("precision", "ok", f"{detail}: nothing to gain")
+
+
 def run_preflight(config: FineTuningConfig) -> PreflightReport:
     """Check everything a run needs and choose the device; raise once, with all that is wrong."""
     checks = [check_python(), check_packages(config)]
@@ -1301,6 +1390,8 @@ def run_preflight(config: FineTuningConfig) -> PreflightReport:
         ]
         device_check, device, dtype = check_device(config)
         checks.append(device_check)
+        if device_check.outcome != "failed":
+            checks.append(check_precision(config, device, dtype))
         if not any(c.name == "base model" and c.outcome == "failed" for c in checks):
             checks.append(check_memory(config, device, dtype))
     for check in checks:
@@ -5346,6 +5437,39 @@ def install_engine(model: "PeftModel") -> None:
             vars(module)["forward"] = functools.partial(fast_lora_forward, module)
 
 
+def recompute_activations(model: "PeftModel") -> None:
+    """Turn gradient checkpointing on; the inputs need no gradient, so it must not be reentrant."""
+    base_of(model).gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def log_parameters(model: "PeftModel") -> None:
+    """Print how much of the model is trained."""
+    trainable, total = model.get_nb_trainable_parameters()
+    log.info(
+        "  trainable parameters: %s of %s (%.2f %%)",
+        f"{trainable:,}",
+        f"{total:,}",
+        100 * trainable / total,
+    )
+
+
+def load_trainable_model(
+    config: FineTuningConfig, device: str, dtype: str, *, recompute: bool
+) -> "PeftModel":
+    """Load the base model and put a fresh adapter and the engine on it."""
+    import torch
+
+    torch.set_float32_matmul_precision(config.float32_matmul_precision)
+    model = add_adapter(load_base_model(config, device, dtype), config)
+    log_parameters(model)
+    if device == "cpu" and sys.platform == "linux":
+        keep_freed_memory()
+    if recompute:
+        recompute_activations(model)
+    install_engine(model)
+    return model
+
+
 def pass_loss(model: "PeftModel", layout: Pass) -> "torch.Tensor":
     """Return the sum of the cross-entropies of a pass's supervised tokens (a scalar, fp32)."""
     base = base_of(model)
@@ -5412,12 +5536,17 @@ def prove_engine(model: "PeftModel", examples: "datasets.Dataset", device: str) 
         )
 
 
+def token_counts(examples: "datasets.Dataset") -> list[int]:
+    """Return the number of tokens of each example."""
+    return [len(ids) for ids in examples["input_ids"]]
+
+
 def mean_loss(model: "PeftModel", examples: "datasets.Dataset", budget: int, device: str) -> float:
     """Return the mean cross-entropy over all supervised tokens of `examples`, without gradients."""
     import torch
 
     model.eval()
-    lengths = [len(ids) for ids in examples["input_ids"]]
+    lengths = token_counts(examples)
     total, count = 0.0, 0
     with torch.inference_mode(), progress_bar(len(lengths), "examples", "evaluating") as bar:
         for indices in plan_passes(lengths, budget):
@@ -5439,7 +5568,8 @@ RUN_SETTINGS = (
     "model_name", "max_seq_length", "lora_r", "lora_alpha", "lora_dropout", "target_modules",
     "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "optim",
-    "lr_scheduler_type", "fp16", "bf16", "seed", "train_split", "eval_split", "system_prompt",
+    "lr_scheduler_type", "fp16", "bf16", "float32_matmul_precision", "seed", "train_split",
+    "eval_split", "system_prompt",
 )  # fmt: skip
 
 
@@ -5764,7 +5894,7 @@ def relieve_memory(trainer: "LoraTrainer", run: RunState, examples: Sequence[Exa
     if run.budget > longest:
         run.budget = max(run.budget // 2, longest)
         log.warning("Out of memory: forward passes of at most %d tokens from here", run.budget)
-    elif not run.recompute:
+    elif not run.recompute and trainer.config.gradient_checkpointing != "off":
         run.recompute = True
         recompute_activations(trainer.model)
         log.warning("Out of memory: activations are recomputed from here (slower)")
@@ -5776,11 +5906,6 @@ def relieve_memory(trainer: "LoraTrainer", run: RunState, examples: Sequence[Exa
             hint="Close other programs, lower --max_seq_length or --lora_r, or hold the base model "
             "in half the memory with --bf16. The same command goes on from the last checkpoint.",
         )
-
-
-def recompute_activations(model: "PeftModel") -> None:
-    """Turn gradient checkpointing on; the inputs need no gradient, so it must not be reentrant."""
-    base_of(model).gradient_checkpointing_enable({"use_reentrant": False})
 
 
 @functools.cache
@@ -6055,12 +6180,11 @@ def log_plan(data: PreparedData, config: FineTuningConfig) -> None:
 
 def estimate_run(data: PreparedData, report: PreflightReport, config: FineTuningConfig) -> None:
     """Compute the gradients of two steps, time the second, and print what the run would take."""
-    model = add_adapter(load_base_model(config, report.device, report.dtype), config)
-    budget, reason = choose_budget(config, report.device, report.dtype)
-    install_engine(model)
-    model.train()
-    log_parameters(model)
+    memory = plan_memory(config, report.device, report.dtype, token_counts(data.train))
+    log_memory(memory)
     log_plan(data, config)
+    model = load_trainable_model(config, report.device, report.dtype, recompute=memory.recompute)
+    model.train()
     size = effective_batch(config)
     seconds = tokens = 0.0
     for step in range(2):
@@ -6068,17 +6192,15 @@ def estimate_run(data: PreparedData, report: PreflightReport, config: FineTuning
         examples = list(data.train.select(range(first, min(first + size, len(data.train)))))
         lengths = [len(e["input_ids"]) for e in examples]
         started = time.monotonic()
-        for indices in plan_passes(lengths, budget):
+        for indices in plan_passes(lengths, memory.budget):
             layout = lay_out([examples[i] for i in indices], report.device)
             pass_loss(model, layout).backward()
         seconds, tokens = time.monotonic() - started, sum(lengths)
     left = make_plan(data, config).seconds(seconds / tokens)
-    log.info("  forward passes of at most %d tokens: %s at most", budget, reason)
     log.info(
-        "  a measured step took %s, so the run takes about %s; %s in use at its peak so far",
+        "  a measured step took %s, so the run takes about %s",
         human_seconds(seconds),
         human_seconds(left),
-        human_bytes(peak_memory(report.device)),
     )
 
 
@@ -6172,15 +6294,9 @@ def train_on(
     checkpoint: "Path | None",
 ) -> TrainResult:
     """Train on one device from a checkpoint, or from the start, to the end."""
-    model = add_adapter(load_base_model(config, device, dtype), config)
-    log_parameters(model)
-    if device == "cpu" and sys.platform == "linux":
-        keep_freed_memory()
     run = start_run(data, config, device, dtype, checkpoint)
-    if run.recompute:
-        recompute_activations(model)
     log_plan(data, config)
-    install_engine(model)
+    model = load_trainable_model(config, device, dtype, recompute=run.recompute)
     prove_engine(model, data.train, device)
     trainer = build_trainer(data, config, model, run, device)
     steps = total_steps(config, len(data.train))
@@ -6277,6 +6393,13 @@ def train_to_the_end(
             raise
 
 
+def log_memory(memory: MemoryPlan) -> None:
+    """Say how the batches are cut, and why."""
+    log.info("  forward passes of at most %d tokens: %s", memory.budget, memory.reason)
+    if memory.recompute:
+        log.info("  activations are recomputed (--gradient_checkpointing)")
+
+
 def start_run(
     data: PreparedData,
     config: FineTuningConfig,
@@ -6289,20 +6412,10 @@ def start_run(
         run = RunState(**read_progress(checkpoint))
         log.info("  resuming from %s", checkpoint)
         return run
-    budget, reason = choose_budget(config, device, dtype)
-    log.info("  forward passes of at most %d tokens: %s", budget, reason)
-    recompute = config.gradient_checkpointing == "on"
-    return RunState(run_identity(config, data.source.sha256), budget, recompute)
-
-
-def log_parameters(model: "PeftModel") -> None:
-    """Print how much of the model is trained."""
-    trainable, total = model.get_nb_trainable_parameters()
-    log.info(
-        "  trainable parameters: %s of %s (%.2f %%)",
-        f"{trainable:,}",
-        f"{total:,}",
-        100 * trainable / total,
+    memory = plan_memory(config, device, dtype, token_counts(data.train))
+    log_memory(memory)
+    return RunState(
+        run_identity(config, data.source.sha256), memory.budget, recompute=memory.recompute
     )
 
 

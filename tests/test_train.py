@@ -136,7 +136,8 @@ def test_the_engine_learns_what_plain_sfttrainer_learns(
     data, config = prepare(
         lora_dropout=0, learning_rate=2e-5, eval_steps=99, system_prompt=system_prompt
     )
-    monkeypatch.setattr(finetune, "choose_budget", lambda *_: (budget, "the test's"))
+    plan = finetune.MemoryPlan(budget, recompute=False, peak=0, reason="the test's")
+    monkeypatch.setattr(finetune, "plan_memory", lambda *_: plan)
     result = train(data, config)
     losses, weights = train_plainly(data, config, tmp_path / "plain")
     assert len(losses) == result.metrics["total_steps"] >= 4
@@ -255,6 +256,50 @@ def test_tinyllama_s_adapter_has_the_share_of_parameters_the_readme_says(tmp_pat
     size = finetune.measure_model(make_config(tmp_path, tmp_path))
     assert (size.parameters, size.trainable) == (1_100_048_384, 9_011_200)
     assert round(100 * size.trainable / (size.parameters + size.trainable), 2) == 0.81
+
+
+TINYLLAMA = finetune.ModelSize(
+    parameters=1_100_048_384,
+    trainable=9_011_200,
+    layers=22,
+    hidden=2048,
+    key_value=256,
+    feed_forward=5632,
+    heads=32,
+    vocabulary=32000,
+    context=2048,
+    file_bytes=2_200_119_864,
+)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "dtype", "budget", "recompute"),
+    [
+        (24, "float32", 2048, False),
+        (16, "float32", 2048, False),
+        (8, "float32", 256, False),
+        (8, "bfloat16", 2048, False),
+        (5, "bfloat16", 512, False),
+        (4, "bfloat16", 256, True),
+    ],
+)
+def test_the_budget_follows_from_the_memory_the_machine_has(
+    tmp_path, monkeypatch, gigabytes, dtype, budget, recompute
+):
+    monkeypatch.setattr(finetune, "measure_model", lambda _: TINYLLAMA)
+    monkeypatch.setattr(finetune, "machine_memory", lambda _: gigabytes * 2**30)
+    lengths = [50 + i % 100 for i in range(1600)]  # short answers
+    config = make_config(tmp_path, tmp_path, max_seq_length=1024)
+    plan = finetune.plan_memory(config, "cpu", dtype, lengths)
+    assert (plan.budget, plan.recompute) == (budget, recompute)
+    assert (plan.budget < 2048) == ("2048 were granted" in plan.reason)
+
+
+def test_gradient_checkpointing_off_is_never_turned_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "measure_model", lambda _: TINYLLAMA)
+    monkeypatch.setattr(finetune, "machine_memory", lambda _: 2**30)
+    config = make_config(tmp_path, tmp_path, gradient_checkpointing="off")
+    assert finetune.plan_memory(config, "cpu", "float32").recompute is False
 
 
 @pytest.mark.parametrize("modules", [["q_proj", "q_prj"], ["lm_head"], ["embed_tokens"]])
