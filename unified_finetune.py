@@ -1159,7 +1159,7 @@ def check_packages(config: FineTuningConfig) -> Check:
 def existing_parent(path: Path) -> Path:
     """Return the nearest existing folder at or above `path`."""
     path = path.absolute()
-    while not path.exists():
+    while not os.path.exists(path):  # noqa: PTH110 - Path.exists raises in a forbidden folder
         path = path.parent
     return path
 
@@ -1319,7 +1319,12 @@ def check_device(config: FineTuningConfig) -> "tuple[Check, str, str]":
         problem = self_test(device, dtype)
         if problem and config.device == "auto" and device != "cpu":
             hint = "Training goes on with the CPU; --device %s insists." % device
-            return Check("device", "warning", f"{device} rejected: {problem}", hint), "cpu", dtype
+            half = dtype == "bfloat16" and self_test("cpu", dtype) is None
+            return (
+                Check("device", "warning", f"{device} rejected: {problem}", hint),
+                "cpu",
+                dtype if half else "float32",
+            )
         if problem:
             hint = "Try --device cpu" if device != "cpu" else "Leave --bf16 out."
             return Check("device", "failed", f"{device} {dtype}: {problem}", hint), device, dtype
