@@ -843,7 +843,11 @@ def missing_model_files(folder: Path) -> list[str]:
     if index.is_file():
         with contextlib.suppress(ValueError, AttributeError):
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            return missing + sorted(s for s in shards if not (folder / s).is_file())
+            missing += sorted(s for s in shards if not (folder / s).is_file())
+            # transformers would unpickle whatever the index names under another ending.
+            return missing + [
+                f"{s} as safetensors" for s in sorted(shards) if not s.endswith(".safetensors")
+            ]
     if not list(folder.glob("*.safetensors")):
         missing.append("model.safetensors")
     return missing
@@ -1273,6 +1277,7 @@ def claim_output_folder(config: FineTuningConfig) -> None:
     handle.write(str(os.getpid()))
     handle.flush()
     claimed_folders.append(handle)
+    clear_leftovers(output)
 
 
 def choose_device(config: FineTuningConfig) -> "tuple[str, str]":
@@ -5545,7 +5550,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def clear_leftovers(output: Path) -> None:
-    """Delete what a killed run was writing or removing; the lock says that none is at it now."""
+    """Delete what a killed run was writing or removing; the caller holds the folder's lock."""
     for pattern in (".staging-checkpoint-*", ".staging-removed-*", RESULT_STAGING):
         for folder in output.glob(pattern):
             log.debug("Clearing away %s, left by a run that was killed", folder)
@@ -5678,6 +5683,7 @@ class RunState:
     usual_loss: float = 0.0  # mean over the steps that were not far above it
     usual_steps: int = 0
     steps_far_above: int = 0  # in a row, until now
+    steps_at_zero: int = 0  # likewise, with a loss of exactly 0.0
     loss_warnings: "list[str]" = field(default_factory=list)
 
 
@@ -6085,8 +6091,9 @@ COLLAPSE_STEPS = 20
 def note_collapse(run: RunState, step: int, loss: float) -> None:
     """Warn, once for each episode, of losses that no healthy training has."""
     warning = ""
+    run.steps_at_zero = run.steps_at_zero + 1 if loss == 0.0 else 0
     if loss == 0.0:
-        if len(run.history) < 2 or run.history[-2].get("loss") != 0.0:
+        if run.steps_at_zero == 1:
             warning = f"the loss of step {step} is exactly 0.0"
     elif run.usual_steps and loss > FAR_ABOVE * run.usual_loss:
         run.steps_far_above += 1
@@ -6421,8 +6428,7 @@ def train_to_the_end(
             raise
         except pickle.UnpicklingError as error:
             raise FineTuningError(
-                f"{checkpoint} holds Python objects where only tensors belong: "
-                f"{first_line(error)}. Nothing of it was run.",
+                f"{checkpoint} holds Python objects where only tensors belong; none was loaded.",
                 hint="This program did not write that. Delete the folder and start again.",
             ) from error
 
@@ -6555,7 +6561,6 @@ def train_lora(
 def choose_checkpoint(config: FineTuningConfig, data: PreparedData) -> "Path | None":
     """Return the checkpoint to go on from; refuse to mix with another run's output."""
     output = Path(config.output_dir)
-    clear_leftovers(output)
     identity = run_identity(config, data.source.sha256)
     if config.resume not in ("auto", "never"):
         checkpoint = Path(config.resume).expanduser()

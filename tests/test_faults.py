@@ -170,10 +170,10 @@ class Calm:
 
 @pytest.fixture(scope="module")
 def calm(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Calm:
-    """Run once undisturbed to warm the cache of prepared data, and once to measure."""
+    """Run undisturbed twice, the second time to measure, data preparation included."""
     warm, folder = (tmp_path_factory.mktemp("calm") for _ in range(2))
     runner.finish(warm)
-    child = runner.start(folder)
+    child = runner.start(folder, "--cache_dir", "cache")
     spent = 0.0
     process = psutil.Process(child.pid)
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -217,8 +217,8 @@ def test_a_run_that_is_ended_at_random_moments_gives_the_adapter_of_an_undisturb
     for attempt in itertools.count():
         folder = tmp_path / str(attempt)
         while ended < times:
-            child = runner.start(folder)
-            hit = child.send_after(chance.uniform(0, calm.cpu_seconds), number)
+            child = runner.start(folder, "--cache_dir", "cache")
+            hit = child.send_after(chance.uniform(0.03, calm.cpu_seconds), number)
             assert child.wait() == (code if hit else 0), child.text()
             assert "Traceback" not in child.text()
             check_folder_is_sound(folder / "out")
@@ -226,7 +226,7 @@ def test_a_run_that_is_ended_at_random_moments_gives_the_adapter_of_an_undisturb
                 break
             ended += 1
             FAULTS[f"{signal.Signals(number).name} at random moments of a run"] += 1
-        assert runner.finish(folder) == calm.adapter
+        assert runner.finish(folder, "--cache_dir", "cache") == calm.adapter
         if ended == times:
             return
 
@@ -387,8 +387,9 @@ def every_disk_failure(
         for number in itertools.count(1):
             with failing_disk(number, code) as begun:
                 error = outcome(work)
-            if len(begun) < number:
+            if len(begun) < number:  # all went well
                 assert error is None
+                yield "", None
                 break
             FAULTS[f"{errno.errorcode[code]} at a write, fsync or rename"] += 1
             yield os.strerror(code), error
@@ -433,9 +434,8 @@ def test_a_disk_that_fails_anywhere_in_a_checkpoint_costs_nothing(
                     assert words in str(error)
                     assert "earlier checkpoints are untouched" in error.hint
                     assert names >= before
-                else:  # only an old one could not be deleted
+                else:  # at most, an old one could not be deleted
                     assert "checkpoint-12" in names
-                    assert "cannot be deleted" in caplog.text
                 shutil.rmtree(tmp_path / "faulty")
                 shutil.copytree(tmp_path / "kept", tmp_path / "faulty")
         real(trainer)
@@ -445,6 +445,7 @@ def test_a_disk_that_fails_anywhere_in_a_checkpoint_costs_nothing(
     monkeypatch.setattr(finetune, "write_checkpoint", attack)
     result = train(data, config)
     assert len(failed) > 60
+    assert "checkpoint-4 cannot be deleted: Input/output error" in caplog.text
     assert same(adapter_of(result), expected)
     check_no_leftovers(tmp_path / "faulty")
 
@@ -473,12 +474,13 @@ def test_a_disk_that_fails_anywhere_in_the_final_save_costs_nothing(
     for words, error in every_disk_failure(
         lambda: finetune.save_results(result, data, config), [0, *sizes]
     ):
+        check_no_leftovers(tmp_path / "faulty")
+        if error is None:
+            continue
         failed += 1
-        assert error
         assert "The results cannot be written" in str(error)
         assert words in str(error)
         assert "the training itself is kept" in error.hint
-        check_no_leftovers(tmp_path / "faulty")
         assert finetune.list_checkpoints(tmp_path / "faulty")
     assert failed > 60
     finetune.save_results(result, data, config)
@@ -534,14 +536,10 @@ def test_the_room_a_run_needs_is_computed_and_asked_for(
     assert "--save_total_limit" in check.hint
 
 
-def test_a_folder_that_may_not_be_written_is_told_before_the_work(prepare, tmp_path: Path) -> None:
-    _, config = prepare(output_dir=str(tmp_path / "locked" / "out"))
+def test_a_folder_that_may_not_be_written_is_told_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
-    with not_root():
-        if os.access(tmp_path, os.X_OK):
-            check = finetune.check_folder("output_dir", Path(config.output_dir))
-        else:  # the whole temporary folder is root's: nothing below it may even be looked at
-            check = finetune.check_folder("output_dir", tmp_path / "output")
+    with not_root():  # pytest's folders may be root's: then not even their names can be seen
+        check = finetune.check_folder("output_dir", tmp_path / "locked" / "out")
     assert check.outcome == "failed"
     assert "cannot be written: Permission denied" in check.detail
     assert "--output_dir" in check.hint
@@ -683,10 +681,10 @@ def nan_in_an_evaluation(patch: pytest.MonkeyPatch, step: int) -> None:
         (nan_in_a_weight, 3, "the evaluation at step 3 gives no finite loss"),
         (nan_in_a_weight, 4, "the adapter's weights are not finite"),  # a checkpoint is due
         (nan_in_a_weight, 5, "step 6 gives no finite numbers"),
-        (nan_in_a_weight, STEPS, "the adapter's weights are not finite"),
+        (nan_in_a_weight, STEPS, f"the evaluation at step {STEPS} gives no finite loss"),
         (nan_in_an_evaluation, 1, "the evaluation at step 0 gives no finite loss"),
         (nan_in_an_evaluation, 3, "the evaluation at step 6 gives no finite loss"),
-        (nan_in_an_evaluation, 7, "the last evaluation gives no finite loss"),
+        (nan_in_an_evaluation, 8, "the last evaluation gives no finite loss"),
     ],
 )
 def test_a_nan_reaches_neither_adapter_nor_checkpoint(
@@ -759,7 +757,6 @@ def test_a_loss_far_above_its_mean_is_reported_after_twenty_steps() -> None:
     def warnings_after(losses: "list[float]") -> "list[str]":
         run = finetune.RunState({}, 512)
         for step, loss in enumerate(losses, 1):
-            run.history.append({"step": step, "loss": loss})
             finetune.note_collapse(run, step, loss)
         return run.loss_warnings
 
@@ -865,7 +862,7 @@ def test_the_real_self_test_passes_on_the_cpu() -> None:
 
 
 @pytest.fixture
-def watched() -> "Iterator[Any]":
+def watched() -> Any:
     """Return what the watchdog looks at: a run in its third step, on MPS."""
     return SimpleNamespace(
         state=SimpleNamespace(global_step=2),
@@ -926,7 +923,7 @@ def plant_pickle(path: Path, evidence: Path) -> None:
         def __reduce__(self) -> "tuple[Any, ...]":
             return (os.mkdir, (str(evidence),))
 
-    path.write_bytes(pickle.dumps(Attack()))
+    path.write_bytes(pickle.dumps(Attack(), protocol=2))
 
 
 def test_the_planted_pickle_would_work(tmp_path: Path) -> None:
@@ -969,7 +966,7 @@ def test_an_index_that_names_a_pickle_is_refused(tmp_path: Path, tiny_model: Pat
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "evil.bin")}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     FAULTS["a planted pickle or custom code"] += 1
-    with pytest.raises(finetune.FineTuningError):
+    with pytest.raises(finetune.FineTuningError, match=r"lacks evil\.bin as safetensors"):
         load(model)
     assert not (tmp_path / "executed").exists()
 
