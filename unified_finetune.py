@@ -436,6 +436,7 @@ def start_logging(config: FineTuningConfig) -> Path:
         handler.addFilter(SecretFilter())
         root.addHandler(handler)
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # on a full disk, each record would put a traceback on stderr
     for noisy in ("botocore", "urllib3", "filelock", "fsspec", "matplotlib", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.INFO)
     log.info("unified_finetune %s, log file %s", __version__, path)
@@ -1273,10 +1274,10 @@ def claim_output_folder(config: FineTuningConfig) -> None:
         ) from error
     except OSError as error:  # a file system without locks, some network shares
         log.warning("  %s cannot be locked (%s): start no second run on it", output, error.strerror)
-    handle.truncate(0)
-    handle.write(str(os.getpid()))
-    handle.flush()
     claimed_folders.append(handle)
+    with contextlib.suppress(OSError):  # on a full disk: the lock counts, the number only informs
+        handle.truncate(0)
+        os.write(handle.fileno(), str(os.getpid()).encode())
     clear_leftovers(output)
 
 
@@ -5740,6 +5741,12 @@ def stop_if_asked() -> None:
         raise KeyboardInterrupt if stop_signal == signal.SIGINT else Terminated
 
 
+OUT_OF_MEMORY = (
+    "out of memory", "alloc_failed", "invalid buffer size", "can't allocate memory",
+    "not enough memory",
+)  # fmt: skip
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error of PyTorch on CUDA, MPS or the CPU says that memory ran out."""
     import torch
@@ -5747,7 +5754,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error).lower()
-    return any(w in text for w in ("out of memory", "can't allocate memory", "not enough memory"))
+    return any(words in text for words in OUT_OF_MEMORY)
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -10,6 +10,7 @@ Importing PyTorch and TRL takes longer than the tests' trainings; a fork takes m
 runs in the child is the real `main` with real command-line arguments.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -108,6 +109,21 @@ def full_disk(function: str) -> None:
     setattr(program, function, filled)
 
 
+def fill_disk(function: str) -> None:
+    """Fill the folder's disk to the last byte when this function of the program is reached."""
+    real = getattr(program, function)
+
+    def filled(*args: Any, **kwargs: Any) -> Any:
+        with open("filler", "ab", buffering=0) as file:
+            for size in (1 << 20, 1 << 12, 1):
+                with contextlib.suppress(OSError):
+                    while True:
+                        file.write(b"x" * size)
+        return real(*args, **kwargs)
+
+    setattr(program, function, filled)
+
+
 def hang_in_pass(number: int) -> None:
     """Let a forward pass never come back, as a stuck device does."""
     real, left = program.pass_loss, [number]
@@ -125,7 +141,7 @@ def hang_in_pass(number: int) -> None:
 
 
 FAULTS: "dict[str, Callable[[Any], None]]" = {
-    f.__name__: f for f in (kill_in_publish, kill_in_save, full_disk, hang_in_pass)
+    f.__name__: f for f in (kill_in_publish, kill_in_save, full_disk, fill_disk, hang_in_pass)
 }
 
 

@@ -114,18 +114,19 @@ class Runner:
     def start(self, folder: Path, *more: object, faults: "tuple[Any, ...]" = ()) -> Child:
         """Start a run whose output folder is folder/out."""
         folder.mkdir(exist_ok=True)
+        console = folder.with_name(folder.name + "-console.txt")  # not on the disk under test
+        console.write_text("")
         request = {
             "arguments": [*self.arguments, *map(str, more)],
             "folder": str(folder),
-            "output": str(folder / "console.txt"),
+            "output": str(console),
             "faults": faults,
         }
         assert self.server.stdin
         assert self.server.stdout
-        (folder / "console.txt").write_text("")
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
-        return Child(int(self.server.stdout.readline()), folder / "console.txt", self.server)
+        return Child(int(self.server.stdout.readline()), console, self.server)
 
     def finish(self, folder: Path, *more: object) -> str:
         """Run to the end and return the adapter's SHA-256."""
@@ -277,6 +278,55 @@ def test_a_full_disk_stops_the_command_and_the_next_one_goes_on(
     assert "Traceback" not in text
     assert "Unexpected" not in text
     check_no_leftovers(tmp_path / "out")
+    assert runner.finish(tmp_path) == calm.adapter
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> "Iterator[Path]":
+    """Return a folder on a real file system of 12 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("only root on Linux can mount a small disk")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(("function", "code"), [("write_checkpoint", 14), ("save_results", 15)])
+def test_a_disk_that_is_really_full_loses_nothing(
+    runner: Runner, calm: Calm, small_disk: Path, function: str, code: int
+) -> None:
+    child = runner.start(small_disk, faults=(["fill_disk", function],))
+    assert child.wait() == code
+    FAULTS["a full disk that ends the command"] += 1
+    told = "are needed and 0 B are free" if code == 14 else "No space left on device"
+    assert told in child.text()
+    assert "Traceback" not in child.text()
+    check_no_leftovers(small_disk / "out")
+    checkpoints = finetune.list_checkpoints(small_disk / "out")
+    child = runner.start(small_disk)
+    assert child.wait() == 11, child.text()
+    assert "needed for 3 checkpoints and the adapter, 0 B free" in child.text()
+    assert "Traceback" not in child.text()
+    assert finetune.list_checkpoints(small_disk / "out") == checkpoints
+    (small_disk / "filler").unlink()
+    assert runner.finish(small_disk) == calm.adapter
+
+
+def test_a_damaged_adapter_of_a_finished_run_is_written_again(
+    runner: Runner, calm: Calm, tmp_path: Path
+) -> None:
+    shutil.copytree(calm.folder, tmp_path / "out")
+    adapter = tmp_path / "out" / "adapter_model.safetensors"
+    content = bytearray(adapter.read_bytes())
+    content[-9] ^= 1
+    adapter.write_bytes(content)
+    FAULTS["a damaged file"] += 1
     assert runner.finish(tmp_path) == calm.adapter
 
 
@@ -556,6 +606,44 @@ def not_root() -> "Iterator[None]":
     finally:
         if root:
             os.seteuid(0)
+
+
+@pytest.mark.parametrize("publish", ["checkpoint", "result"])
+def test_everything_is_on_the_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, publish: str
+) -> None:
+    staged, output = tmp_path / "out" / ".staging-x", tmp_path / "out"
+    staged.mkdir(parents=True)
+    names = ["adapter_model.safetensors", finetune.PROGRESS_FILE, finetune.METRICS_FILE]
+    for name in names:
+        (staged / name).write_text(name)
+    on_disk: set[int] = set()  # inodes; what is not there may be empty after a power cut
+    named: list[str] = []
+    real = {name: getattr(os, name) for name in ("fsync", "rename", "replace")}
+
+    def fsync(handle: int) -> None:
+        real["fsync"](handle)
+        on_disk.add(os.fstat(handle).st_ino)
+
+    def move(name: str, source: Path, target: Path) -> None:
+        inside = source.iterdir() if source.is_dir() else ()
+        assert all(path.stat().st_ino in on_disk for path in (source, *inside))
+        real[name](source, target)
+        named.append(target.name)
+        on_disk.discard(output.stat().st_ino)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", lambda *paths: move("rename", *paths))
+    monkeypatch.setattr(os, "replace", lambda *paths: move("replace", *paths))
+    if publish == "checkpoint":
+        finetune.publish_folder(staged, output / "checkpoint-4")
+        assert named == ["checkpoint-4"]
+        assert finetune.checkpoint_problem(output / "checkpoint-4") is None
+    else:
+        finetune.move_into_place(staged, output)
+        assert sorted(named) == sorted(names)
+        assert named[-1] == finetune.METRICS_FILE
+    assert output.stat().st_ino in on_disk
 
 
 def test_a_damaged_later_checkpoint_never_pushes_out_a_whole_one(tmp_path: Path) -> None:

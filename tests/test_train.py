@@ -320,7 +320,9 @@ def test_a_loss_that_stays_not_finite_stops_the_run(prepare, monkeypatch, tmp_pa
     "message",
     [
         "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "MPS backend out of memory (MPS allocated: 17.00 GB)",
+        "Invalid buffer size: 19.07 GiB",
         "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory: you tried",
         "DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes. Error code 12",
     ],
