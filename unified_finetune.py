@@ -5473,6 +5473,23 @@ def prove_engine(model: "PeftModel", examples: "datasets.Dataset", device: str) 
         )
 
 
+def summed_loss(
+    model: "PeftModel", examples: Sequence[Example], device: str
+) -> "tuple[float, int]":
+    """Return the summed loss and the supervised tokens; in halves where memory runs out."""
+    try:
+        layout = lay_out(examples, device)
+        return pass_loss(model, layout).item(), len(layout.targets)
+    except (RuntimeError, MemoryError) as error:
+        if len(examples) == 1 or not is_out_of_memory(error):
+            raise
+    log.debug("Out of memory: an evaluation pass of %d examples is halved", len(examples))
+    empty_device_cache(device)
+    half = len(examples) // 2
+    parts = [summed_loss(model, part, device) for part in (examples[:half], examples[half:])]
+    return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
+
+
 def mean_loss(model: "PeftModel", examples: "datasets.Dataset", budget: int, device: str) -> float:
     """Return the mean cross-entropy over all supervised tokens of `examples`, without gradients."""
     import torch
@@ -5482,9 +5499,9 @@ def mean_loss(model: "PeftModel", examples: "datasets.Dataset", budget: int, dev
     total, count = 0.0, 0
     with torch.inference_mode(), progress_bar(len(lengths), "examples", "evaluating") as bar:
         for indices in plan_passes(lengths, budget):
-            layout = lay_out([examples[i] for i in indices], device)
-            total += pass_loss(model, layout).item()
-            count += len(layout.targets)
+            loss, supervised = summed_loss(model, [examples[i] for i in indices], device)
+            total += loss
+            count += supervised
             bar.advance(len(indices))
             stop_if_asked()
     return total / count
@@ -5741,6 +5758,16 @@ def stop_if_asked() -> None:
         raise KeyboardInterrupt if stop_signal == signal.SIGINT else Terminated
 
 
+def empty_device_cache(device: str) -> None:
+    """Give back what PyTorch keeps of the device's memory for later tensors."""
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    elif device.startswith("mps"):
+        torch.mps.empty_cache()
+
+
 OUT_OF_MEMORY = (
     "out of memory", "alloc_failed", "invalid buffer size", "can't allocate memory",
     "not enough memory",
@@ -5850,13 +5877,8 @@ def train_step(trainer: "LoraTrainer", run: RunState, examples: Sequence[Example
 
 def relieve_memory(trainer: "LoraTrainer", run: RunState, examples: Sequence[Example]) -> None:
     """Take the next rung down: half the budget, then recomputed activations, then the CPU."""
-    import torch
-
     device = trainer.args.device.type
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    elif device == "mps":
-        torch.mps.empty_cache()
+    empty_device_cache(device)
     longest = max(len(e["input_ids"]) for e in examples)
     if run.budget > longest:
         run.budget = max(run.budget // 2, longest)
@@ -5868,11 +5890,16 @@ def relieve_memory(trainer: "LoraTrainer", run: RunState, examples: Sequence[Exa
     elif device != "cpu":
         raise DeviceGaveUp(f"out of memory on {device} with the smallest passes")
     else:
-        raise FineTuningError(
-            f"Not enough memory: one example of {longest} tokens does not fit.",
-            hint="Close other programs, lower --max_seq_length or --lora_r, or hold the base model "
-            "in half the memory with --bf16. The same command goes on from the last checkpoint.",
-        )
+        raise not_enough_memory(f"one example of {longest} tokens does not fit")
+
+
+def not_enough_memory(what: str) -> FineTuningError:
+    """Return the error of a run that even the CPU cannot hold."""
+    return FineTuningError(
+        f"Not enough memory: {what}.",
+        hint="Close other programs, lower --max_seq_length or --lora_r, or hold the base model "
+        "in half the memory with --bf16. The same command goes on from the last checkpoint.",
+    )
 
 
 def recompute_activations(model: "PeftModel") -> None:
@@ -6554,10 +6581,17 @@ def train_lora(
     for _ in range(3):
         try:
             return train_on(data, config, device, dtype, checkpoint)
-        except DeviceGaveUp as reason:
-            log.warning("%s; going on from the last checkpoint on the CPU in float32", reason)
-            device, dtype = "cpu", "float32"
-            checkpoint = newest_whole_checkpoint(Path(config.output_dir)) or checkpoint
+        except DeviceGaveUp as error:
+            reason = str(error)
+        except (RuntimeError, MemoryError) as error:  # outside of a step, which has its own rungs
+            if not is_out_of_memory(error):
+                raise
+            if device == "cpu":
+                raise not_enough_memory(first_line(error).rstrip(".")) from error
+            reason = f"out of memory on {device}"
+        log.warning("%s; going on from the last checkpoint on the CPU in float32", reason)
+        device, dtype = "cpu", "float32"
+        checkpoint = newest_whole_checkpoint(Path(config.output_dir)) or checkpoint
     raise FineTuningError(
         "The training gives no finite numbers, on the CPU neither.",
         hint="Lower --learning_rate (2e-5 is the default) and check the data for broken rows: "

@@ -792,6 +792,73 @@ def test_a_nan_reaches_neither_adapter_nor_checkpoint(
             assert all(v.isfinite().all() for v in safetensors.torch.load_file(file).values())
 
 
+def test_an_evaluation_without_memory_takes_smaller_passes(
+    prepare, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data, config = prepare(max_eval_examples=100)
+    expected = train(data, config)
+    real, refused = finetune.lay_out, []
+
+    def too_much(examples: Any, device: str) -> Any:
+        if len(examples) > 2 and not torch.is_grad_enabled():
+            refused.append(len(examples))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(examples, device)
+
+    monkeypatch.setattr(finetune, "lay_out", too_much)
+    result = train(data, dataclasses.replace(config, output_dir=str(tmp_path / "starved")))
+    FAULTS["memory that runs out"] += len(refused)
+    assert refused
+    losses = [
+        [r["eval_loss"] for r in one.history if "eval_loss" in r] for one in (expected, result)
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert result.metrics["eval_loss"] == pytest.approx(expected.metrics["eval_loss"], abs=1e-5)
+
+
+def test_a_gpu_without_memory_hands_the_run_to_the_cpu(
+    prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, config = prepare()
+    expected = adapter_of(train(data, config))
+    config = dataclasses.replace(config, output_dir=str(tmp_path / "starved"))
+    real_train, real_step = finetune.train_on, torch.optim.AdamW.step
+    places: list[tuple[str, str]] = []
+
+    def on_a_pretended_gpu(data: Any, config: Any, device: str, dtype: str, checkpoint: Any) -> Any:
+        places.append((device, dtype))
+        return real_train(data, config, "cpu", "float32", checkpoint)
+
+    def starve(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        if places[-1][0] == "mps" and (tmp_path / "starved" / "checkpoint-4").exists():
+            raise RuntimeError("MPS backend out of memory (MPS allocated: 17.00 GB)")
+        return real_step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(finetune, "train_on", on_a_pretended_gpu)
+    monkeypatch.setattr(torch.optim.AdamW, "step", starve)
+    result = finetune.train_lora(data, finetune.PreflightReport((), "mps", "bfloat16"), config)
+    FAULTS["memory that runs out"] += 1
+    assert places == [("mps", "bfloat16"), ("cpu", "float32")]
+    assert "out of memory on mps; going on from the last checkpoint on the CPU" in caplog.text
+    assert result.metrics["resumed_from_step"] == 4
+    assert same(adapter_of(result), expected)
+
+
+def test_a_cpu_without_memory_ends_with_what_to_do(
+    prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, config = prepare()
+
+    def starve(*_: Any, **__: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: Error code 12")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", starve)
+    with pytest.raises(finetune.FineTuningError, match="Not enough memory") as error:
+        train(data, config)
+    FAULTS["memory that runs out"] += 1
+    assert "--bf16" in error.value.hint
+
+
 def test_half_precision_that_fails_twice_goes_on_in_float32(
     prepare, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import FAULTS
 
 import unified_finetune as finetune
 
@@ -337,6 +338,7 @@ def test_out_of_memory_takes_smaller_passes_and_learns_the_same(
     def too_much(examples, device):
         layout = real(examples, device)
         if torch.is_grad_enabled() and layout.tokens > 600:
+            FAULTS["memory that runs out"] += 1
             raise RuntimeError(message)
         return layout
 
@@ -404,6 +406,7 @@ def test_a_damaged_checkpoint_is_passed_over(prepare, tmp_path, caplog, damage):
         for file in newest.iterdir():
             file.unlink()
     result = train(data, config)
+    FAULTS["a damaged file"] += 1
     assert f"{newest.name} is passed over" in caplog.text
     assert result.metrics["resumed_from_step"] == finetune.checkpoint_step(older[0])
     ours = finetune.adapter_weights(result.model)
