@@ -1361,8 +1361,9 @@ def run_preflight(config: FineTuningConfig) -> PreflightReport:
         device_check, device, dtype = check_device(config)
         checks.append(device_check)
         if not any(c.name == "base model" and c.outcome == "failed" for c in checks):
-            checks.append(check_memory(config, device, dtype))
-            if checks[-1].outcome != "failed":  # the model could be measured
+            memory = check_memory(config, device, dtype)
+            checks.append(memory)
+            if memory.outcome != "failed":  # the model could be measured
                 checks.append(check_room(config))
     for check in checks:
         mark = {"ok": "ok  ", "warning": "WARN", "failed": "FAIL"}[check.outcome]

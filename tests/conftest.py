@@ -37,8 +37,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_sep("-", "faults injected")
         for kind, count in sorted(FAULTS.items(), key=lambda item: -item[1]):
             terminalreporter.write_line(f"{count:6d}  {kind}")
-        recovered = "a failed test" if terminalreporter.stats.get("failed") else "all recovered"
-        terminalreporter.write_line(f"{sum(FAULTS.values()):6d}  in all: {recovered}")
+        failed = terminalreporter.stats.get("failed")
+        outcome = "a test failed, see above" if failed else "all recovered or clearly refused"
+        terminalreporter.write_line(f"{sum(FAULTS.values()):6d}  in all: {outcome}")
 
 
 # Whatever begins so in the developer's shell must not reach the program under test.
