@@ -50,6 +50,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import platform
 import random
 import re
@@ -436,6 +437,7 @@ def start_logging(config: FineTuningConfig) -> Path:
         handler.addFilter(SecretFilter())
         root.addHandler(handler)
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # on a full disk, each record would put a traceback on stderr
     for noisy in ("botocore", "urllib3", "filelock", "fsspec", "matplotlib", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.INFO)
     log.info("unified_finetune %s, log file %s", __version__, path)
@@ -810,7 +812,28 @@ def base_model_folder(model_name: str) -> Path:
             hint="A base model is config.json, tokenizer.json (or tokenizer.model) and weights as "
             "safetensors; pickled weights (.bin, .pt) are never loaded.",
         )
+    refuse_foreign_code(folder)
     return folder
+
+
+def refuse_foreign_code(folder: Path) -> None:
+    """Stop where a base model needs Python code from its own folder: no such code is ever run."""
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # whoever loads it says what is wrong
+    if not isinstance(settings, dict) or "auto_map" not in settings:
+        return
+    from transformers import CONFIG_MAPPING
+
+    if settings.get("model_type") in CONFIG_MAPPING:
+        log.debug("%s brings code of its own; transformers' is used instead", folder)
+        return
+    raise FineTuningError(
+        f"The base model in {folder} works only with Python code of its own (auto_map in "
+        "config.json), which is never run.",
+        hint="Choose a base model whose architecture transformers itself has, such as TinyLlama.",
+    )
 
 
 def missing_model_files(folder: Path) -> list[str]:
@@ -822,7 +845,11 @@ def missing_model_files(folder: Path) -> list[str]:
     if index.is_file():
         with contextlib.suppress(ValueError, AttributeError):
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            return missing + sorted(s for s in shards if not (folder / s).is_file())
+            missing += sorted(s for s in shards if not (folder / s).is_file())
+            # transformers would unpickle whatever the index names under another ending.
+            return missing + [
+                f"{s} as safetensors" for s in sorted(shards) if not s.endswith(".safetensors")
+            ]
     if not list(folder.glob("*.safetensors")):
         missing.append("model.safetensors")
     return missing
@@ -1002,6 +1029,33 @@ def check_memory(config: FineTuningConfig, device: str, dtype: str) -> Check:
     return Check("memory", "ok", detail)
 
 
+def checkpoint_bytes(size: ModelSize) -> int:
+    """Return what a checkpoint takes on the disk at most.
+
+    The adapter, the best adapter so far and AdamW's two moments are all fp32; the rest is small.
+    """
+    return size.trainable * 4 * 4 + 1_000_000
+
+
+def check_room(config: FineTuningConfig) -> Check:
+    """Compare what the run will write to the output folder with the space that is free there."""
+    output, size = Path(config.output_dir), measure_model(config)
+    # One more than are kept: a checkpoint is written before the oldest is deleted.
+    need = (config.save_total_limit + 1) * checkpoint_bytes(size) + size.trainable * 4
+    there = sum(f.stat().st_size for c in list_checkpoints(output) for f in c.iterdir())
+    free = shutil.disk_usage(existing_parent(output)).free
+    detail = (
+        f"{human_bytes(need)} needed for {config.save_total_limit} checkpoints and the adapter, "
+        f"{human_bytes(free)} free"
+    )
+    if there:
+        detail += f" and {human_bytes(there)} in the checkpoints there"
+    if need > free + there:
+        hint = "Free some space, choose another --output_dir, or keep fewer: --save_total_limit 1."
+        return Check("checkpoints", "failed", detail, hint)
+    return Check("checkpoints", "ok", detail)
+
+
 SELF_TEST = "self-test"  # the command that the child process is started with
 SELF_TEST_SECONDS = 180
 SELF_TEST_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
@@ -1026,14 +1080,13 @@ def self_test(device: str, dtype: str) -> "str | None":
     try:
         losses = json.loads(child.stdout.strip().splitlines()[-1])
         pairs = list(zip(losses["reference"], losses["device"], strict=True))
+        for reference, measured in pairs:
+            # Written so that a NaN on either side is a difference, too.
+            if not abs(measured - reference) <= SELF_TEST_TOLERANCE[dtype] * abs(reference):
+                return f"the self-test gave {measured:.4f} where the CPU gives {reference:.4f}"
     except (ValueError, IndexError, KeyError, TypeError):
-        return "the self-test gave no answer"
-    for reference, measured in pairs:
-        if not math.isfinite(measured):
-            return f"the self-test gave {measured} where the CPU gives {reference:.4f}"
-        if abs(measured - reference) > SELF_TEST_TOLERANCE[dtype] * reference:
-            return f"the self-test gave {measured:.4f} where the CPU gives {reference:.4f}"
-    return None
+        pairs = []
+    return None if pairs else "the self-test gave no answer"
 
 
 def run_self_test(device: str, dtype: str) -> None:
@@ -1177,7 +1230,7 @@ def check_packages(config: FineTuningConfig) -> Check:
 def existing_parent(path: Path) -> Path:
     """Return the nearest existing folder at or above `path`."""
     path = path.absolute()
-    while not path.exists():
+    while not os.path.exists(path):  # noqa: PTH110 - Path.exists raises in a forbidden folder
         path = path.parent
     return path
 
@@ -1287,10 +1340,11 @@ def claim_output_folder(config: FineTuningConfig) -> None:
         ) from error
     except OSError as error:  # a file system without locks, some network shares
         log.warning("  %s cannot be locked (%s): start no second run on it", output, error.strerror)
-    handle.truncate(0)
-    handle.write(str(os.getpid()))
-    handle.flush()
     claimed_folders.append(handle)
+    with contextlib.suppress(OSError):  # on a full disk: the lock counts, the number only informs
+        handle.truncate(0)
+        os.write(handle.fileno(), str(os.getpid()).encode())
+    clear_leftovers(output)
 
 
 def choose_device(config: FineTuningConfig) -> "tuple[str, str]":
@@ -1337,7 +1391,12 @@ def check_device(config: FineTuningConfig) -> "tuple[Check, str, str]":
         problem = self_test(device, dtype)
         if problem and config.device == "auto" and device != "cpu":
             hint = "Training goes on with the CPU; --device %s insists." % device
-            return Check("device", "warning", f"{device} rejected: {problem}", hint), "cpu", dtype
+            half = dtype == "bfloat16" and self_test("cpu", dtype) is None
+            return (
+                Check("device", "warning", f"{device} rejected: {problem}", hint),
+                "cpu",
+                dtype if half else "float32",
+            )
         if problem:
             hint = "Try --device cpu" if device != "cpu" else "Leave --bf16 out."
             return Check("device", "failed", f"{device} {dtype}: {problem}", hint), device, dtype
@@ -1393,7 +1452,10 @@ def run_preflight(config: FineTuningConfig) -> PreflightReport:
         if device_check.outcome != "failed":
             checks.append(check_precision(config, device, dtype))
         if not any(c.name == "base model" and c.outcome == "failed" for c in checks):
-            checks.append(check_memory(config, device, dtype))
+            memory = check_memory(config, device, dtype)
+            checks.append(memory)
+            if memory.outcome != "failed":  # the model could be measured
+                checks.append(check_room(config))
     for check in checks:
         mark = {"ok": "ok  ", "warning": "WARN", "failed": "FAIL"}[check.outcome]
         log.info("  %s  %-12s %s", mark, check.name, check.detail)
@@ -5541,6 +5603,23 @@ def token_counts(examples: "datasets.Dataset") -> list[int]:
     return [len(ids) for ids in examples["input_ids"]]
 
 
+def summed_loss(
+    model: "PeftModel", examples: Sequence[Example], device: str
+) -> "tuple[float, int]":
+    """Return the summed loss and the supervised tokens; in halves where memory runs out."""
+    try:
+        layout = lay_out(examples, device)
+        return pass_loss(model, layout).item(), len(layout.targets)
+    except (RuntimeError, MemoryError) as error:
+        if len(examples) == 1 or not is_out_of_memory(error):
+            raise
+    log.debug("Out of memory: an evaluation pass of %d examples is halved", len(examples))
+    empty_device_cache(device)
+    half = len(examples) // 2
+    parts = [summed_loss(model, part, device) for part in (examples[:half], examples[half:])]
+    return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
+
+
 def mean_loss(model: "PeftModel", examples: "datasets.Dataset", budget: int, device: str) -> float:
     """Return the mean cross-entropy over all supervised tokens of `examples`, without gradients."""
     import torch
@@ -5550,9 +5629,9 @@ def mean_loss(model: "PeftModel", examples: "datasets.Dataset", budget: int, dev
     total, count = 0.0, 0
     with torch.inference_mode(), progress_bar(len(lengths), "examples", "evaluating") as bar:
         for indices in plan_passes(lengths, budget):
-            layout = lay_out([examples[i] for i in indices], device)
-            total += pass_loss(model, layout).item()
-            count += len(layout.targets)
+            loss, supervised = summed_loss(model, [examples[i] for i in indices], device)
+            total += loss
+            count += supervised
             bar.advance(len(indices))
             stop_if_asked()
     return total / count
@@ -5562,6 +5641,7 @@ def mean_loss(model: "PeftModel", examples: "datasets.Dataset", budget: int, dev
 
 MANIFEST = "manifest.json"
 PROGRESS_FILE = "progress.json"
+RESULT_STAGING = ".staging-result"  # where stage 5 prepares its files
 BEST_ADAPTER = "best_adapter.safetensors"
 # What makes two runs the same run; anything else may change between an interruption and its resume.
 RUN_SETTINGS = (
@@ -5569,7 +5649,7 @@ RUN_SETTINGS = (
     "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "optim",
     "lr_scheduler_type", "fp16", "bf16", "float32_matmul_precision", "seed", "train_split",
-    "eval_split", "system_prompt",
+    "eval_split", "overlong", "system_prompt",
 )  # fmt: skip
 
 
@@ -5609,6 +5689,22 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete a folder that others may look for: it vanishes at once, not file by file."""
+    doomed = folder.with_name(f".staging-removed-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def clear_leftovers(output: Path) -> None:
+    """Delete what a killed run was writing or removing; the caller holds the folder's lock."""
+    for pattern in (".staging-checkpoint-*", ".staging-removed-*", RESULT_STAGING):
+        for folder in output.glob(pattern):
+            log.debug("Clearing away %s, left by a run that was killed", folder)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def publish_folder(staged: Path, final: Path) -> None:
     """Make a staged folder visible under its final name, whole or not at all."""
     manifest = {
@@ -5620,7 +5716,7 @@ def publish_folder(staged: Path, final: Path) -> None:
         flush_to_disk(path)
     flush_to_disk(staged)
     if final.exists():  # the same step once more, after a damaged checkpoint was passed over
-        shutil.rmtree(final)
+        remove_folder(final)
     staged.rename(final)
     flush_to_disk(final.parent)
 
@@ -5689,16 +5785,23 @@ def load_adapter_weights(model: "PeftModel", path: Path) -> None:
     set_peft_model_state_dict(model, load_file(path))
 
 
-def prune_checkpoints(output: Path, limit: int, best_step: "int | None") -> None:
-    """Delete the oldest checkpoints beyond `limit`, keeping the newest and, above 1, the best."""
-    folders = list_checkpoints(output)
-    keep = folders[:1]
-    keep += [f for f in folders[1:] if checkpoint_step(f) == best_step][: max(0, limit - 1)]
+def prune_checkpoints(written: Path, limit: int, best_step: "int | None") -> None:
+    """Delete the oldest checkpoints beyond `limit`, keeping `written` and, above 1, the best.
+
+    Those of later steps are the first to go: the run passed them over, for they are damaged.
+    """
+    step = checkpoint_step(written)
+    folders = sorted(list_checkpoints(written.parent), key=lambda f: checkpoint_step(f) > step)
+    keep = [written]
+    keep += [f for f in folders if checkpoint_step(f) == best_step != step][: max(0, limit - 1)]
     keep += [f for f in folders if f not in keep][: max(0, limit - len(keep))]
     for folder in folders:
         if folder not in keep:
             log.debug("Pruning %s (save_total_limit %d)", folder, limit)
-            shutil.rmtree(folder)
+            try:
+                remove_folder(folder)
+            except OSError as error:  # the new one is written: that counts
+                log.warning("  %s cannot be deleted: %s", folder, error.strerror)
 
 
 # --- One run: what it remembers, and the trainer that carries it out.
@@ -5725,6 +5828,11 @@ class RunState:
     supervised_tokens: int = 0
     examples: int = 0
     seconds: float = 0.0
+    usual_loss: float = 0.0  # mean over the steps that were not far above it
+    usual_steps: int = 0
+    steps_far_above: int = 0  # in a row, until now
+    steps_at_zero: int = 0  # likewise, with a loss of exactly 0.0
+    loss_warnings: "list[str]" = field(default_factory=list)
 
 
 if TYPE_CHECKING:
@@ -5780,6 +5888,22 @@ def stop_if_asked() -> None:
         raise KeyboardInterrupt if stop_signal == signal.SIGINT else Terminated
 
 
+def empty_device_cache(device: str) -> None:
+    """Give back what PyTorch keeps of the device's memory for later tensors."""
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    elif device.startswith("mps"):
+        torch.mps.empty_cache()
+
+
+OUT_OF_MEMORY = (
+    "out of memory", "alloc_failed", "invalid buffer size", "can't allocate memory",
+    "not enough memory",
+)  # fmt: skip
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error of PyTorch on CUDA, MPS or the CPU says that memory ran out."""
     import torch
@@ -5787,7 +5911,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error).lower()
-    return any(w in text for w in ("out of memory", "can't allocate memory", "not enough memory"))
+    return any(words in text for words in OUT_OF_MEMORY)
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -5883,13 +6007,8 @@ def train_step(trainer: "LoraTrainer", run: RunState, examples: Sequence[Example
 
 def relieve_memory(trainer: "LoraTrainer", run: RunState, examples: Sequence[Example]) -> None:
     """Take the next rung down: half the budget, then recomputed activations, then the CPU."""
-    import torch
-
     device = trainer.args.device.type
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    elif device == "mps":
-        torch.mps.empty_cache()
+    empty_device_cache(device)
     longest = max(len(e["input_ids"]) for e in examples)
     if run.budget > longest:
         run.budget = max(run.budget // 2, longest)
@@ -5901,11 +6020,16 @@ def relieve_memory(trainer: "LoraTrainer", run: RunState, examples: Sequence[Exa
     elif device != "cpu":
         raise DeviceGaveUp(f"out of memory on {device} with the smallest passes")
     else:
-        raise FineTuningError(
-            f"Not enough memory: one example of {longest} tokens does not fit.",
-            hint="Close other programs, lower --max_seq_length or --lora_r, or hold the base model "
-            "in half the memory with --bf16. The same command goes on from the last checkpoint.",
-        )
+        raise not_enough_memory(f"one example of {longest} tokens does not fit")
+
+
+def not_enough_memory(what: str) -> FineTuningError:
+    """Return the error of a run that even the CPU cannot hold."""
+    return FineTuningError(
+        f"Not enough memory: {what}.",
+        hint="Close other programs, lower --max_seq_length or --lora_r, or hold the base model "
+        "in half the memory with --bf16. The same command goes on from the last checkpoint.",
+    )
 
 
 @functools.cache
@@ -6016,6 +6140,8 @@ def evaluate_run(trainer: "LoraTrainer") -> "dict[str, float]":
     loss = mean_loss(trainer.model, trainer.periodic, budget, device)
     trainer.evaluating = False
     trainer.model.train()
+    if not math.isfinite(loss):
+        raise DeviceGaveUp(f"the evaluation at step {step} gives no finite loss")
     run.last_evaluated_step = step
     if step == 0:
         log.info("  eval loss %.4f before training", loss)
@@ -6052,6 +6178,32 @@ def writing_problem(error: Exception, staged: Path) -> str:
     return "the disk is full" if full else first_line(error)
 
 
+def checkpoint_folder(trainer: "LoraTrainer") -> Path:
+    """Return where the checkpoint of the step just finished belongs."""
+    return Path(trainer.config.output_dir) / f"checkpoint-{trainer.state.global_step}"
+
+
+def check_room_for_checkpoint(
+    trainer: "LoraTrainer", weights: "dict[str, torch.Tensor]", staged: Path
+) -> None:
+    """Raise OSError where the disk cannot hold the checkpoint, before anything is written."""
+    import torch
+
+    held = [*weights.values(), *trainer.best.values()]
+    held += [
+        value
+        for state in trainer.optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    need = sum(value.nbytes for value in held)
+    free = shutil.disk_usage(staged).free
+    if free < need:
+        raise OSError(
+            errno.ENOSPC, f"{human_bytes(need)} are needed and {human_bytes(free)} are free"
+        )
+
+
 def write_checkpoint(trainer: "LoraTrainer") -> None:
     """Publish checkpoint-STEP in the output folder: adapter, optimizer, schedule, record."""
     import torch
@@ -6063,18 +6215,20 @@ def write_checkpoint(trainer: "LoraTrainer") -> None:
     weights = adapter_weights(trainer.model)
     if not all(value.isfinite().all() for value in weights.values()):
         raise DeviceGaveUp("the adapter's weights are not finite")
-    output = Path(trainer.config.output_dir)
-    step = trainer.state.global_step
-    staged, final = output / f".staging-checkpoint-{step}", output / f"checkpoint-{step}"
+    output, final = Path(trainer.config.output_dir), checkpoint_folder(trainer)
+    step, staged = trainer.state.global_step, output / f".staging-{final.name}"
     try:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
+        check_room_for_checkpoint(trainer, weights, staged)
         trainer.model.peft_config["default"].save_pretrained(str(staged))
         save_file(weights, staged / "adapter_model.safetensors")
         if trainer.best:
             save_file(trainer.best, staged / BEST_ADAPTER)
         torch.save(trainer.optimizer.state_dict(), staged / "optimizer.pt")
         torch.save(trainer.lr_scheduler.state_dict(), staged / "scheduler.pt")
+        if trainer.accelerator.scaler is not None:
+            torch.save(trainer.accelerator.scaler.state_dict(), staged / "scaler.pt")
         trainer._save_rng_state(str(staged))
         trainer.state.save_to_json(str(staged / "trainer_state.json"))
         write_json(staged / PROGRESS_FILE, dataclasses.asdict(trainer.run))
@@ -6085,22 +6239,50 @@ def write_checkpoint(trainer: "LoraTrainer") -> None:
             hint="Make room there (earlier checkpoints are untouched), then run the same command "
             "again: it goes on from the last checkpoint.",
         ) from error
-    prune_checkpoints(output, trainer.config.save_total_limit, trainer.run.best_step)
+    prune_checkpoints(final, trainer.config.save_total_limit, trainer.run.best_step)
     log.debug("Wrote %s", final)
+
+
+FAR_ABOVE = 10  # times the mean of the steps before
+COLLAPSE_STEPS = 20
+
+
+def note_collapse(run: RunState, step: int, loss: float) -> None:
+    """Warn, once for each episode, of losses that no healthy training has."""
+    warning = ""
+    run.steps_at_zero = run.steps_at_zero + 1 if loss == 0.0 else 0
+    if loss == 0.0:
+        if run.steps_at_zero == 1:
+            warning = f"the loss of step {step} is exactly 0.0"
+    elif run.usual_steps and loss > FAR_ABOVE * run.usual_loss:
+        run.steps_far_above += 1
+        if run.steps_far_above == COLLAPSE_STEPS:
+            warning = (
+                f"the loss has been more than {FAR_ABOVE} times its mean before "
+                f"({run.usual_loss:.4f}) for {COLLAPSE_STEPS} steps, up to step {step}"
+            )
+    else:
+        run.steps_far_above = 0
+        run.usual_steps += 1
+        run.usual_loss += (loss - run.usual_loss) / run.usual_steps
+    if warning:
+        run.loss_warnings.append(warning)
+        log.warning("  The training may have collapsed: %s. Lower --learning_rate?", warning)
 
 
 def note_step(trainer: "LoraTrainer") -> None:
     """Record a finished step, and show it every logging_steps."""
     run, state, record = trainer.run, trainer.state, trainer.record
     run.seconds += record["seconds"]
-    run.history.append(
-        {
-            "step": state.global_step,
-            "loss": record["loss"],
-            "grad_norm": record["grad_norm"],
-            "learning_rate": record["learning_rate"],
-        }
-    )
+    entry = {
+        "step": state.global_step,
+        "loss": record["loss"],
+        "learning_rate": record["learning_rate"],
+    }
+    if math.isfinite(record["grad_norm"]):  # fp16: not where the scaler skips an overflowing step
+        entry["grad_norm"] = record["grad_norm"]
+    run.history.append(entry)
+    note_collapse(run, state.global_step, record["loss"])
     trainer.bar.move_to(state.global_step, f"loss {record['loss']:.3f}")
     trainer.measured += 1
     if trainer.measured == 2:  # the first step warms up
@@ -6320,19 +6502,21 @@ WATCHDOG_SECONDS = 300  # the least patience; beyond it, ten times the usual ste
 def watchdog(trainer: "LoraTrainer") -> Iterator[None]:
     """Speak up when no step ends for ten times the usual time, with every thread's stack logged.
 
-    It counts with the monotonic clock, which stands still while a laptop sleeps.
+    It counts its own seconds of watching, so that a laptop that slept, a stopped process or a
+    clock that was set raise no alarm.
     """
     done = threading.Event()
 
     def watch() -> None:
-        step, since, told = -1, time.monotonic(), False
+        step, waited, told = -1, 0, False
         while not done.wait(1):
+            waited += 1
             if trainer.state.global_step != step or trainer.evaluating:
-                step, since, told = trainer.state.global_step, time.monotonic(), False
+                step, waited, told = trainer.state.global_step, 0, False
                 continue
             usual = trainer.run.seconds / max(step, 1)
             patience = max(WATCHDOG_SECONDS, 10 * usual)
-            if time.monotonic() - since > patience and not told:
+            if waited > patience and not told:
                 told = True
                 report_hang(step + 1, patience, trainer.args.device.type)
 
@@ -6385,12 +6569,18 @@ def train_to_the_end(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except (KeyboardInterrupt, Terminated):
             step = trainer.state.global_step
-            if step > done:
+            # Writing it again would leave a moment without it, in which a kill costs steps.
+            if step > done and checkpoint_problem(checkpoint_folder(trainer)) is not None:
                 write_checkpoint(trainer)
             log.warning(
                 "Stopped after step %d of %d; the same command goes on from there", step, steps
             )
             raise
+        except pickle.UnpicklingError as error:
+            raise FineTuningError(
+                f"{checkpoint} holds Python objects where only tensors belong; none was loaded.",
+                hint="This program did not write that. Delete the folder and start again.",
+            ) from error
 
 
 def log_memory(memory: MemoryPlan) -> None:
@@ -6438,8 +6628,12 @@ def finish_training(
     eval_loss = mean_loss(model, data.eval, budget, device)
     with model.disable_adapter():
         eval_loss_before = mean_loss(model, data.eval, budget, device)
+    if not math.isfinite(eval_loss) or not math.isfinite(eval_loss_before):
+        raise DeviceGaveUp("the last evaluation gives no finite loss")
     base_of(model).set_attn_implementation("sdpa")
     trainable, total = model.get_nb_trainable_parameters()
+    for warning in run.loss_warnings:
+        log.warning("  look at the result with care: %s", warning)
     log.info(
         "  eval loss %.4f before, %.4f after (the adapter of step %d)",
         eval_loss_before,
@@ -6469,6 +6663,7 @@ def finish_training(
         "dropped_examples": len(data.quality.rejected) + data.dropped_examples,
         "resumed_from_step": resumed_from or None,
         "data_sha256": data.source.sha256,
+        "loss_warnings": run.loss_warnings,
     }
     return TrainResult(model, data.tokenizer, metrics, tuple(run.history))
 
@@ -6499,10 +6694,17 @@ def train_lora(
     for _ in range(3):
         try:
             return train_on(data, config, device, dtype, checkpoint)
-        except DeviceGaveUp as reason:
-            log.warning("%s; going on from the last checkpoint on the CPU in float32", reason)
-            device, dtype = "cpu", "float32"
-            checkpoint = newest_whole_checkpoint(Path(config.output_dir))
+        except DeviceGaveUp as error:
+            reason = str(error)
+        except (RuntimeError, MemoryError) as error:  # outside of a step, which has its own rungs
+            if not is_out_of_memory(error):
+                raise
+            if device == "cpu":
+                raise not_enough_memory(first_line(error).rstrip(".")) from error
+            reason = f"out of memory on {device}"
+        log.warning("%s; going on from the last checkpoint on the CPU in float32", reason)
+        device, dtype = "cpu", "float32"
+        checkpoint = newest_whole_checkpoint(Path(config.output_dir)) or checkpoint
     raise FineTuningError(
         "The training gives no finite numbers, on the CPU neither.",
         hint="Lower --learning_rate (2e-5 is the default) and check the data for broken rows: "
@@ -6618,8 +6820,8 @@ def remove_run(output: Path) -> None:
     (output / METRICS_FILE).unlink(missing_ok=True)  # from here on it is not a finished run
     for name in RUN_FILES:
         (output / name).unlink(missing_ok=True)
-    for folder in [*list_checkpoints(output), *output.glob(".staging-*")]:
-        shutil.rmtree(folder)
+    for folder in list_checkpoints(output):
+        remove_folder(folder)
     stale = [folder.name for folder in (output / "merged", output / "gguf") if folder.is_dir()]
     if stale:
         log.warning("  %s in %s is the earlier run's: export again", " and ".join(stale), output)
@@ -6631,7 +6833,7 @@ def save_results(result: TrainResult, data: PreparedData, config: FineTuningConf
     from safetensors.torch import save_file
 
     output = Path(config.output_dir)
-    staged = output / ".staging-result"
+    staged = output / RESULT_STAGING
     samples = answer_samples(result, data)
     try:
         shutil.rmtree(staged, ignore_errors=True)

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,20 @@ os.environ.update(
     OMP_NUM_THREADS="1",  # the models are tiny: threads would only wait for each other
 )
 sys.path.insert(0, str(ROOT))  # so that tests can import the program
+
+FAULTS: "Counter[str]" = Counter()  # what tests inject, counted for the summary at the end
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how many faults of each kind the program was put through."""
+    if FAULTS:
+        terminalreporter.write_sep("-", "faults injected")
+        for kind, count in sorted(FAULTS.items(), key=lambda item: -item[1]):
+            terminalreporter.write_line(f"{count:6d}  {kind}")
+        failed = terminalreporter.stats.get("failed")
+        outcome = "a test failed, see above" if failed else "all recovered or clearly refused"
+        terminalreporter.write_line(f"{sum(FAULTS.values()):6d}  in all: {outcome}")
+
 
 # Whatever begins so in the developer's shell must not reach the program under test.
 FOREIGN_VARIABLES = (

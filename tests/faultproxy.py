@@ -19,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from conftest import FAULTS
+
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -138,7 +140,9 @@ class ProxyServer(ThreadingHTTPServer):
         with self.lock:
             self.requests.append(request)
             plan = self.plans.get(request.kind, Plan())
-            return plan.faults.pop(0) if plan.faults else plan.always
+            fault = plan.faults.pop(0) if plan.faults else plan.always
+            FAULTS["answers of the bucket cut, delayed, altered or refused"] += fault is not None
+            return fault
 
     def shutdown_request(self, request: "socket.socket | tuple[bytes, socket.socket]") -> None:
         """Close a connection; one that is to be reset must not say goodbye first."""

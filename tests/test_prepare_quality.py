@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import FAULTS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prepare_helpers import Preparer, all_rows, describe_file, filler, make_config, write_rows
@@ -772,6 +773,7 @@ def data_files(draw: st.DrawFn) -> bytes:
 def test_any_file_is_read_or_refused_and_every_row_is_accounted_for(
     content: bytes, streamed: "Callable[[bytes], program.Preparation]"
 ) -> None:
+    FAULTS["data files drawn at random, most of them malformed"] += 1
     try:
         prep = streamed(content)
     except program.FineTuningError as error:
@@ -810,6 +812,7 @@ def streamed(tmp_path: Path, tiny_model: Path) -> "Callable[[bytes], program.Pre
 )
 @given(content=data_files())
 def test_any_file_is_prepared_or_refused(content: bytes, prepare: Preparer) -> None:
+    FAULTS["data files drawn at random, most of them malformed"] += 1
     try:
         data = prepare.content(content, yes=True)
     except program.FineTuningError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import FAULTS
 
 import unified_finetune as finetune
 
@@ -365,7 +366,9 @@ def test_a_loss_that_stays_not_finite_stops_the_run(prepare, monkeypatch, tmp_pa
     "message",
     [
         "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "MPS backend out of memory (MPS allocated: 17.00 GB)",
+        "Invalid buffer size: 19.07 GiB",
         "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory: you tried",
         "DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes. Error code 12",
     ],
@@ -380,6 +383,7 @@ def test_out_of_memory_takes_smaller_passes_and_learns_the_same(
     def too_much(examples, device):
         layout = real(examples, device)
         if torch.is_grad_enabled() and layout.tokens > 600:
+            FAULTS["memory that runs out"] += 1
             raise RuntimeError(message)
         return layout
 
@@ -447,6 +451,7 @@ def test_a_damaged_checkpoint_is_passed_over(prepare, tmp_path, caplog, damage):
         for file in newest.iterdir():
             file.unlink()
     result = train(data, config)
+    FAULTS["a damaged file"] += 1
     assert f"{newest.name} is passed over" in caplog.text
     assert result.metrics["resumed_from_step"] == finetune.checkpoint_step(older[0])
     ours = finetune.adapter_weights(result.model)
