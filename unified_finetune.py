@@ -5501,7 +5501,7 @@ def install_engine(model: "PeftModel") -> None:
 
 def recompute_activations(model: "PeftModel") -> None:
     """Turn gradient checkpointing on; the inputs need no gradient, so it must not be reentrant."""
-    base_of(model).gradient_checkpointing_enable({"use_reentrant": False})
+    base_of(model).activation_checkpointing_enable({"use_reentrant": False})
 
 
 def log_parameters(model: "PeftModel") -> None:
