@@ -43,6 +43,7 @@ import faulthandler
 import functools
 import hashlib
 import heapq
+import html
 import importlib.util
 import io
 import itertools
@@ -119,7 +120,8 @@ def option(default: Any, help_text: str, **limits: Any) -> Any:
 
     Limits: `at_least`, `at_most`, `above`, `below` (numbers), `choices` (strings),
     `switch=True` (a property of this one call, not of the run: never saved),
-    `verbatim=True` (any text is a value, the empty one and "none" too).
+    `verbatim=True` (any text is a value, the empty one and "none" too),
+    `sentences=True` (a list of texts, each with its spaces; it may be empty).
     """
     return field(default=default, metadata={"help": help_text, **limits})
 
@@ -157,6 +159,7 @@ class FineTuningConfig:
     save_total_limit: int = option(3, "checkpoints kept", at_least=1)
     seed: int = option(42, "seed of the split, the shuffling, the adapter and the dropout", at_least=0, at_most=2**32 - 1)
     early_stopping_patience: "int | None" = option(None, "stop after so many evaluations without a better eval loss", at_least=1)
+    sample_prompts: tuple[str, ...] = option((), "questions of your own to answer before and after, beside held-out ones", sentences=True)
     max_eval_examples: "int | None" = option(None, "examples in the evaluations during training (the final one is complete)", at_least=1)
     gradient_checkpointing: Literal["auto", "on", "off"] = option("auto", "recompute activations to save memory: auto uses it only when memory asks for it")
     # --- the data
@@ -204,6 +207,13 @@ def coerce_value(name: str, value: object, record: type = FineTuningConfig) -> o
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
             return None
         hint = choices[0]
+    if config_fields(record)[name].metadata.get("sentences"):
+        items = [value] if isinstance(value, str) else value
+        if isinstance(items, (list, tuple)) and all(
+            isinstance(i, str) and i.strip() for i in items
+        ):
+            return tuple(items)
+        raise ValueError("must be a list of texts")
     if typing.get_origin(hint) is tuple:
         items = value.replace(",", " ").split() if isinstance(value, str) else value
         if isinstance(items, (list, tuple)) and items and all(isinstance(i, str) for i in items):
@@ -748,6 +758,7 @@ class TrainResult:
     tokenizer: "PreTrainedTokenizerFast"
     metrics: "dict[str, Any]"
     history: "tuple[dict[str, float], ...]"
+    budget: int  # tokens that a forward pass without gradients may hold
 
 
 @dataclass(frozen=True)
@@ -5686,7 +5697,8 @@ def flush_to_disk(path: Path) -> None:
 def write_json(path: Path, content: object) -> None:
     """Write JSON that a person can read; NaN is refused, since most readers refuse it."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    # A lone surrogate, which UTF-8 cannot hold, is written as JSON's own escape.
+    path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def remove_folder(folder: Path) -> None:
@@ -6270,6 +6282,20 @@ def note_collapse(run: RunState, step: int, loss: float) -> None:
         log.warning("  The training may have collapsed: %s. Lower --learning_rate?", warning)
 
 
+def progress_note(trainer: "LoraTrainer") -> str:
+    """Return what stands beside the bar: the losses, the speed and the memory."""
+    run = trainer.run
+    evals = (f"eval {r['eval_loss']:.3f}" for r in reversed(run.history) if "eval_loss" in r)
+    return ", ".join(
+        [
+            f"loss {trainer.record['loss']:.3f}",
+            *itertools.islice(evals, 1),
+            f"{run.input_tokens / max(run.seconds, 1e-9):.0f} tokens/s",
+            human_bytes(peak_memory(trainer.args.device.type)),
+        ]
+    )
+
+
 def note_step(trainer: "LoraTrainer") -> None:
     """Record a finished step, and show it every logging_steps."""
     run, state, record = trainer.run, trainer.state, trainer.record
@@ -6283,7 +6309,7 @@ def note_step(trainer: "LoraTrainer") -> None:
         entry["grad_norm"] = record["grad_norm"]
     run.history.append(entry)
     note_collapse(run, state.global_step, record["loss"])
-    trainer.bar.move_to(state.global_step, f"loss {record['loss']:.3f}")
+    trainer.bar.move_to(state.global_step, progress_note(trainer))
     trainer.measured += 1
     if trainer.measured == 2:  # the first step warms up
         done = state.global_step / state.max_steps
@@ -6337,7 +6363,8 @@ def make_plan(data: PreparedData, config: FineTuningConfig) -> Plan:
     return Plan(
         steps,
         round(train * steps * effective_batch(config) / len(data.train)),
-        round(held_out * (share * periodic + 2)),  # in the end all of them, without and with
+        # In the end all of them: without the adapter, with it, and with the one that was saved.
+        round(held_out * (share * periodic + 3)),
     )
 
 
@@ -6665,7 +6692,7 @@ def finish_training(
         "data_sha256": data.source.sha256,
         "loss_warnings": run.loss_warnings,
     }
-    return TrainResult(model, data.tokenizer, metrics, tuple(run.history))
+    return TrainResult(model, data.tokenizer, metrics, tuple(run.history), budget)
 
 
 def peak_memory(device: str) -> int:
@@ -6757,6 +6784,8 @@ def refuse_differences(different: Sequence[str], place: Path) -> None:
 METRICS_FILE = "training_metrics.json"  # written last: its presence says that the run is finished
 CONFIG_FILE = "training_config.json"
 QUALITY_FILE = "quality_report.json"
+REPORT_PAGE = "report.html"
+CURVES_FILE = "curves.png"
 
 
 def finished_identity(output: Path) -> "dict[str, Any] | None":
@@ -6800,9 +6829,10 @@ def find_finished_run(config: FineTuningConfig, data: PreparedData) -> "RunArtif
     log.info("")
     log.info("This run is finished and its adapter is whole: %s", output)
     log.info(
-        "  eval loss %.4f before, %.4f after; --overwrite trains it anew",
+        "  eval loss %.4f before, %.4f after (%s); --overwrite trains it anew",
         metrics["eval_loss_before"],
         metrics["eval_loss"],
+        metrics.get("verdict", "no verdict"),
     )
     return RunArtifacts(output, metrics)
 
@@ -6810,7 +6840,7 @@ def find_finished_run(config: FineTuningConfig, data: PreparedData) -> "RunArtif
 RUN_FILES = (
     "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "tokenizer.model", "chat_template.jinja", CONFIG_FILE, METRICS_FILE,
-    QUALITY_FILE, "README.md", "report.html",
+    QUALITY_FILE, "README.md", REPORT_PAGE, CURVES_FILE,
 )  # fmt: skip
 
 
@@ -6827,60 +6857,15 @@ def remove_run(output: Path) -> None:
         log.warning("  %s in %s is the earlier run's: export again", " and ".join(stale), output)
 
 
-def save_results(result: TrainResult, data: PreparedData, config: FineTuningConfig) -> RunArtifacts:
-    """Write the adapter, its tokenizer, settings, metrics, quality report and model card."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    output = Path(config.output_dir)
-    staged = output / RESULT_STAGING
-    samples = answer_samples(result, data)
-    try:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-        result.model.peft_config["default"].save_pretrained(str(staged))
-        weights = adapter_weights(result.model)
-        save_file(weights, staged / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_tokenizer(result.tokenizer, (base_model_folder(config.model_name),), staged)
-        metrics = result.metrics | {
-            "adapter_sha256": sha256_of(staged / "adapter_model.safetensors")
-        }
-        provenance = {
-            "program": f"unified_finetune {__version__}",
-            "packages": package_versions(),
-            "data_sha256": data.source.sha256,
-            "identity": run_identity(config, data.source.sha256),
-        }
-        write_json(staged / CONFIG_FILE, saved_settings(config) | {"provenance": provenance})
-        write_json(staged / QUALITY_FILE, dataclasses.asdict(data.quality))
-        write_json(staged / METRICS_FILE, metrics)
-        (staged / "README.md").write_text(
-            model_card(config, data, metrics, samples), encoding="utf-8"
-        )
-        move_into_place(staged, output)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise FineTuningError(
-            f"The results cannot be written to {output}: {writing_problem(error, staged)}",
-            hint="Make room there, then run the same command again: the training itself is kept in "
-            "the last checkpoint.",
-        ) from error
-    show_samples(samples[:2])
-    log.info(
-        "  adapter in %s: eval loss %.4f before, %.4f after",
-        output,
-        metrics["eval_loss_before"],
-        metrics["eval_loss"],
-    )
-    log.info("  talk to it: %s chat --output_dir %s", program_command(), shlex.quote(str(output)))
-    return RunArtifacts(output, metrics)
+# --- Before and after: the same questions without and with the adapter.
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Hold one held-out question with the reference and both answers."""
+    """Hold a question with both answers; the reference is None for the user's own questions."""
 
     question: str
-    reference: str
+    reference: "str | None"
     base: "Answer"
     tuned: "Answer"
 
@@ -6889,39 +6874,1010 @@ SAMPLE_ANSWERS = 8
 SAMPLE_TOKENS = 64  # of an answer; enough to see whether it is one
 
 
-def answer_samples(result: TrainResult, data: PreparedData) -> "list[Sample]":
-    """Answer held-out prompts, spread over the lengths, without and with the adapter (greedy)."""
-    by_length = sorted(range(len(data.eval)), key=lambda i: (len(data.eval[i]["input_ids"]), i))
-    count = min(SAMPLE_ANSWERS, len(by_length))
-    chosen = [
-        data.eval[by_length[(2 * k + 1) * len(by_length) // (2 * count)]] for k in range(count)
+def sample_questions(
+    data: PreparedData, config: FineTuningConfig, room: int
+) -> "list[tuple[str, str | None, list[int]]]":
+    """Return the user's questions, then held-out ones spread over the lengths.
+
+    Each with its reference and its prompt's tokens, `room` of them at most.
+    """
+    tokenizer = data.tokenizer
+    chosen: list[tuple[str, str | None, list[int]]] = []
+    system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+    for text in config.sample_prompts:
+        prompt = tokenize_prompt(tokenizer, [*system, {"role": "user", "content": text}])
+        if len(prompt) > room:
+            log.warning("  too long to answer, left out (sample_prompts): %s", shorten(text))
+            continue
+        chosen.append((text, None, prompt))
+    lengths = token_counts(data.eval)
+    fitting = [i for i, prompt in enumerate(data.eval["prompt_length"]) if prompt <= room]
+    fitting.sort(key=lambda i: (lengths[i], i))
+    count = min(SAMPLE_ANSWERS, len(fitting))
+    for k in range(count):
+        example = data.eval[fitting[(2 * k + 1) * len(fitting) // (2 * count)]]
+        prompt = example["input_ids"][: example["prompt_length"]]
+        # Role markers such as <|user|> are ordinary text to Llama's tokenizer.
+        text = str(tokenizer.decode(prompt, skip_special_tokens=True))
+        chosen.append((re.sub(r"<\|\w+\|>", "", text).strip(), example["answer"], prompt))
+    return chosen
+
+
+def answer_together(
+    model: "PeftModel", tokenizer: "PreTrainedTokenizerFast", prompts: "Sequence[Sequence[int]]"
+) -> "list[Answer]":
+    """Answer prompts greedily in one batch: the weights are read once a token, not once each."""
+    import torch
+
+    width = max(len(prompt) for prompt in prompts)
+    pad = tokenizer.pad_token_id
+    padded = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    device = next(model.parameters()).device
+    output = typing.cast("Any", model).generate(
+        input_ids=torch.tensor(padded, device=device),
+        attention_mask=torch.tensor(mask, device=device),
+        generation_config=generation_settings(tokenizer, SAMPLE_TOKENS, GREEDY),
+    )
+    answers = []
+    for tokens in output[:, width:].tolist():
+        stopped = tokenizer.eos_token_id in tokens
+        kept = tokens[: tokens.index(tokenizer.eos_token_id)] if stopped else tokens
+        answers.append(Answer(decode_answer(tokenizer, kept), tuple(kept), stopped))
+    return answers
+
+
+def answer_samples(
+    result: TrainResult, data: PreparedData, config: FineTuningConfig
+) -> "list[Sample]":
+    """Answer the sample questions without and with the adapter."""
+    model, tokenizer = result.model.eval(), result.tokenizer
+    questions = sample_questions(data, config, context_length(model) - SAMPLE_TOKENS)
+    prompts = [prompt for _, _, prompt in questions]
+    longest = max(map(len, prompts), default=0) + SAMPLE_TOKENS
+    answers: dict[int, tuple[Answer, Answer]] = {}
+    with progress_bar(len(prompts), "prompts", "answering") as bar:
+        for batch in plan_passes([longest] * len(prompts), result.budget):
+            chosen = [prompts[i] for i in batch]
+            try:
+                with model.disable_adapter():
+                    base = answer_together(model, tokenizer, chosen)
+                tuned = answer_together(model, tokenizer, chosen)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise FineTuningError(
+                    "The answers to the sample questions do not fit into memory.",
+                    hint="Close other programs and run the same command again: the training "
+                    "itself is kept in the last checkpoint.",
+                ) from error
+            answers.update(zip(batch, zip(base, tuned, strict=True), strict=True))
+            bar.advance(len(batch))
+    return [
+        Sample(question, reference, *answers[i])
+        for i, (question, reference, _) in enumerate(questions)
     ]
-    samples = []
-    with progress_bar(len(chosen), "prompts", "answering") as bar:
-        for example in chosen:
-            prompt = example["input_ids"][: example["prompt_length"]]
-            answers = []
-            for adapter in (result.model.disable_adapter(), contextlib.nullcontext()):
-                with adapter:
-                    answers.append(
-                        complete_prompt(
-                            result.model, result.tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS
-                        )
-                    )
-            # Role markers such as <|user|> are ordinary text to Llama's tokenizer.
-            text = str(result.tokenizer.decode(prompt, skip_special_tokens=True))
-            question = re.sub(r"<\|\w+\|>", "", text).strip()
-            samples.append(Sample(question, example["answer"], *answers))
-            bar.advance()
-    return samples
+
+
+def stopped_shares(samples: "Sequence[Sample]") -> "dict[str, float]":
+    """Return which share of the answers ended by itself, without and with the adapter."""
+    count = max(1, len(samples))
+    return {
+        "stopped_share_before": round(sum(s.base.stopped for s in samples) / count, 4),
+        "stopped_share": round(sum(s.tuned.stopped for s in samples) / count, 4),
+        "sample_answers": len(samples),
+    }
+
+
+def describe_stops(samples: "Sequence[Sample]") -> str:
+    """Return the same in words."""
+    before, after = sum(s.base.stopped for s in samples), sum(s.tuned.stopped for s in samples)
+    return (
+        f"{after} of {len(samples)} answers end by themselves within {SAMPLE_TOKENS} tokens "
+        f"(base: {before})"
+    )
 
 
 def show_samples(samples: "Sequence[Sample]") -> None:
     """Show a few answers on the console, before and after."""
-    for sample in samples:
+    own = [s for s in samples if s.reference is None]
+    for sample in own or samples[:2]:
         log.info("  question  %s", shorten(sample.question))
         log.info("    before  %s", shorten(sample.base.text))
         log.info("    after   %s", shorten(sample.tuned.text))
+
+
+# --- The adapter test: what was written, read back into a fresh base, does what was trained.
+
+PROOF_EXAMPLES = 4
+PROOF_POSITIONS = 32  # of each example: its last ones
+# Relative. PEFT's own layers round in another order than the engine's, and bf16 rounds to 1 in 256.
+LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
+# Relative. Same weights, same passes, same kernels: CPUs repeat the loss to the last bit, GPUs may
+# choose other kernels for the same product.
+LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3, "float16": 1e-3}
+
+
+@dataclass(frozen=True)
+class AdapterProof:
+    """Hold what an adapter is and does after it was read back from its file."""
+
+    tensors: int
+    changed_tensors: int  # not bit for bit those in memory
+    updates: int  # lora_B matrices
+    zero_updates: int  # of them, those that are zero throughout
+    logit_error: float  # ||read back - in memory|| / ||in memory||
+    logit_effect: float  # ||read back - base|| / ||base||
+    eval_loss: float  # over the complete eval split
+
+
+def probe_logits(model: "PeftModel", examples: "datasets.Dataset") -> "torch.Tensor":
+    """Return the logits of each example's last positions [positions, vocabulary], on the CPU."""
+    import torch
+
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        parts = [
+            model(input_ids=torch.tensor([example["input_ids"]], device=device), use_cache=False)
+            .logits[0, -PROOF_POSITIONS:]
+            .float()
+            .cpu()
+            for example in examples
+        ]
+    return torch.cat(parts)
+
+
+def read_back(
+    result: TrainResult, data: PreparedData, config: FineTuningConfig, folder: Path
+) -> AdapterProof:
+    """Measure the adapter in `folder` on a fresh base against the one in memory.
+
+    Empties `result.model`: memory holds one base at a time, whoever still refers to the first.
+    """
+    model = result.model.eval()
+    examples = data.eval.select(range(min(PROOF_EXAMPLES, len(data.eval))))
+    weights, tuned = adapter_weights(model), probe_logits(model, examples)
+    with model.disable_adapter():
+        base = probe_logits(model, examples)
+    device = str(next(model.parameters()).device)
+    dtype = str(base_of(model).dtype).removeprefix("torch.")
+    model.to("meta")
+    fresh_base = load_base_model(config, device, dtype)
+    fresh = attach_adapter(fresh_base, read_adapter_folder(folder), device).eval()
+    found = adapter_weights(fresh)
+    updates = [value for name, value in found.items() if "lora_B" in name]
+    logits = probe_logits(fresh, examples)
+    install_engine(fresh)
+    return AdapterProof(
+        tensors=len(found),
+        changed_tensors=sum(
+            name not in found or not found[name].equal(value) for name, value in weights.items()
+        ),
+        updates=len(updates),
+        zero_updates=sum(not value.any() for value in updates),
+        logit_error=float((logits - tuned).norm() / tuned.norm()),
+        logit_effect=float((logits - base).norm() / base.norm()),
+        eval_loss=mean_loss(fresh, data.eval, result.budget, device),
+    )
+
+
+def proof_problems(proof: AdapterProof, eval_loss: float, dtype: str) -> "list[str]":
+    """Return everything that is wrong with an adapter that was read back."""
+    wrong = []
+    if proof.changed_tensors:
+        wrong.append(
+            f"{proof.changed_tensors} of its {proof.tensors} tensors are not those that were "
+            "trained"
+        )
+    if proof.zero_updates == proof.updates:
+        wrong.append("every lora_B is zero: it adds nothing to the base model")
+    elif not proof.logit_effect > 0:
+        wrong.append("the base model gives exactly the same logits with it as without it")
+    if not proof.logit_error <= LOGIT_TOLERANCE[dtype]:
+        wrong.append(
+            f"its logits differ by {proof.logit_error:.2%} from those of the trained model "
+            f"(rounding explains {LOGIT_TOLERANCE[dtype]:.2%})"
+        )
+    if not abs(proof.eval_loss - eval_loss) <= LOSS_TOLERANCE[dtype] * max(eval_loss, 0.1):
+        wrong.append(f"its eval loss is {proof.eval_loss:.6f}, and {eval_loss:.6f} was measured")
+    return wrong
+
+
+def prove_adapter(
+    result: TrainResult, data: PreparedData, config: FineTuningConfig, folder: Path
+) -> "dict[str, Any]":
+    """Return the figures of the adapter test for the metrics; an adapter that fails is refused."""
+    dtype = str(base_of(result.model).dtype).removeprefix("torch.")
+    try:
+        proof = read_back(result, data, config, folder)
+    except (RuntimeError, MemoryError, FineTuningError) as error:
+        if not isinstance(error, FineTuningError) and not is_out_of_memory(error):
+            raise
+        refuse_adapter([first_line(error)], changed=True)
+    wrong = proof_problems(proof, result.metrics["eval_loss"], dtype)
+    if wrong:
+        useless = proof.zero_updates == proof.updates or not proof.logit_effect > 0
+        refuse_adapter(wrong, changed=not useless)
+    log.info(
+        "  adapter test passed: read back from disk it is bit for bit the trained one, has its "
+        "eval loss (%.4f), and moves the base's logits by %.2g %%",
+        proof.eval_loss,
+        100 * proof.logit_effect,
+    )
+    return {
+        "reloaded_eval_loss": proof.eval_loss,
+        "reloaded_logit_error": proof.logit_error,
+        "adapter_logit_effect": proof.logit_effect,
+        "adapter_tensors": proof.tensors,
+        "adapter_zero_updates": proof.zero_updates,
+    }
+
+
+def refuse_adapter(wrong: "Sequence[str]", *, changed: bool) -> typing.NoReturn:
+    """Stop where the adapter test failed: the file was changed, or the training did nothing."""
+    line = "=" * 80
+    raise FineTuningError(
+        f"\n{line}\nTHE ADAPTER FAILED ITS TEST. IT IS NOT SAVED, AND THIS RUN IS NOT FINISHED.\n"
+        f"{line}\nRead back from disk:\n" + "\n".join("  - " + text for text in wrong),
+        hint="The checkpoints are untouched: run the same command again, and the adapter is written"
+        " anew from the last one. If it fails again, test this machine's disk and memory."
+        if changed
+        else "The learning rate was zero, or too small to move anything: set --learning_rate (2e-5 "
+        "is the default), keep --warmup_steps well below the run's steps, and start anew with "
+        "--overwrite. Only the checkpoints are left in the output folder.",
+    )
+
+
+# --- The verdict: what the losses say, in plain words.
+
+NOTHING_GAINED = 0.002  # of the base's loss: the noise of rounding and of small eval splits
+BARELY_GAINED = 0.03
+LOSS_RISE = 0.01  # above the best eval loss, in the last two evaluations
+FEW_EVAL_ROWS = 30
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Say how a training went, why that is to be believed, and the one next thing to try."""
+
+    kind: Literal["learned", "barely", "overfitting", "not learning"]
+    headline: str
+    evidence: str
+    advice: str
+    since_step: "int | None" = None  # of overfitting
+
+
+@dataclass(frozen=True)
+class LossCurves:
+    """Hold (step, loss) of the evaluations and of the training, and the peak learning rate."""
+
+    evals: "tuple[tuple[int, float], ...]"
+    train: "tuple[tuple[int, float], ...]"
+    peak_rate: float
+
+
+def loss_curves(history: "Sequence[Mapping[str, float]]") -> LossCurves:
+    """Pick the curves out of a run's records."""
+    return LossCurves(
+        tuple((int(r["step"]), r["eval_loss"]) for r in history if "eval_loss" in r),
+        tuple((int(r["step"]), r["loss"]) for r in history if "loss" in r),
+        max((r["learning_rate"] for r in history if "learning_rate" in r), default=0.0),
+    )
+
+
+def rise_since(curves: LossCurves) -> "int | None":
+    """Return the step from which on eval loss has risen, to the end; None where it has not."""
+    if not curves.evals:
+        return None
+    step, best = min(curves.evals, key=lambda point: point[1])
+    later = [loss for at, loss in curves.evals if at > step]
+    return step if len(later) >= 2 and min(later[-2:]) > best * (1 + LOSS_RISE) else None
+
+
+def train_loss_fell_after(step: int, curves: LossCurves) -> bool:
+    """Tell whether the training loss went on falling while eval loss rose."""
+    window = max(1, min(20, len(curves.train) // 4))
+    after = [loss for at, loss in curves.train if at > step][-window:]
+    if not after:
+        return False
+    until = [loss for at, loss in curves.train if at <= step][-window:] or [curves.train[0][1]]
+    return sum(after) / len(after) < sum(until) / len(until)
+
+
+def advise(gain: float, curves: LossCurves, risen: "int | None") -> str:
+    """Return the one next thing to try, in this order of likelihood."""
+    rate = curves.peak_rate
+    evals = [loss for _, loss in curves.evals]
+    if gain < -NOTHING_GAINED or risen is not None:
+        return f"Lower --learning_rate to {rate / 4:.1g}: the loss rose on its way."
+    if len(evals) >= 3 and evals[-1] < evals[-2] * (1 - NOTHING_GAINED) and gain > NOTHING_GAINED:
+        return "Double --num_train_epochs: the loss was still falling at the end."
+    if gain >= BARELY_GAINED:
+        return "Ask it what matters to you: chat --compare shows both answers side by side."
+    if rate < 1e-4:
+        return f"Raise --learning_rate to {min(10 * rate, 2e-4):.1g}, or train for more epochs."
+    return "Give it more rows that are alike in form, or more epochs."
+
+
+def judge_training(
+    before: float, after: float, history: "Sequence[Mapping[str, float]]", eval_examples: int
+) -> Verdict:
+    """Judge by the loss on held-out rows without and with the adapter, and by the curves."""
+    curves = loss_curves(history)
+    gain = (before - after) / before if before > 0 else 0.0
+    few = " That is weak evidence: {} held-out row{}.".format(
+        eval_examples, "s" * (eval_examples > 1)
+    ) * (eval_examples < FEW_EVAL_ROWS)
+    if abs(gain) < NOTHING_GAINED:
+        evidence = f"Loss on held-out rows {before:.4f} before, {after:.4f} after: no difference."
+    else:
+        evidence = (
+            f"Loss on held-out rows {'fell' if gain > 0 else 'rose'} from {before:.4f} to "
+            f"{after:.4f} ({abs(gain):.1%}): the right next token is {math.exp(before - after):.2f}"
+            " times as likely as before."
+        )
+    evidence += few
+    risen = rise_since(curves)
+    if risen is not None and train_loss_fell_after(risen, curves):
+        saved = (
+            f"the saved adapter is that of step {risen}" if risen else "none beat the base model"
+        )
+        return Verdict(
+            "overfitting",
+            f"Overfitting since step {risen}." if risen else "Overfitting from the start.",
+            f"{evidence} From step {risen} on the loss rose on held-out rows while it fell on the "
+            f"training rows: it learned them by heart ({saved}).",
+            "Add more varied rows, or train for fewer epochs.",
+            risen,
+        )
+    advice = advise(gain, curves, risen)
+    if gain < NOTHING_GAINED:
+        return Verdict("not learning", "It is not learning.", evidence, advice)
+    if gain < BARELY_GAINED:
+        return Verdict("barely", "It barely learned.", evidence, advice)
+    return Verdict("learned", "It learned.", evidence, advice)
+
+
+def verdict_metrics(verdict: Verdict) -> "dict[str, str | int | None]":
+    """Return what training_metrics.json says about it."""
+    return {
+        "verdict": verdict.kind,
+        "verdict_evidence": verdict.evidence,
+        "verdict_advice": verdict.advice,
+        "overfitting_since_step": verdict.since_step,
+    }
+
+
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: "Sequence[float]", width: int = 40) -> str:
+    """Draw values as a line of text, neighbours averaged where there are more than `width`."""
+    finite = [value for value in values if math.isfinite(value)]
+    points = [value for _, value in thin_out(list(enumerate(finite)), width)]
+    if not points:
+        return ""
+    low, span = min(points), max(points) - min(points)
+    return "".join(SPARKS[int((value - low) / span * 7.999) if span else 0] for value in points)
+
+
+def thin_out(points: "Sequence[tuple[float, float]]", most: int) -> "list[tuple[float, float]]":
+    """Average neighbouring points until at most `most` are left."""
+    size = max(1, math.ceil(len(points) / most))
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(g[-1][0], sum(value for _, value in g) / len(g)) for g in groups]
+
+
+def show_outcome(result: TrainResult, samples: "Sequence[Sample]", verdict: Verdict) -> None:
+    """Show the summary on the console: curves, answers, verdict."""
+    curves = loss_curves(result.history)
+    for name, points in (("loss", curves.train), ("eval loss", curves.evals)):
+        losses = [loss for _, loss in points]
+        if losses:
+            log.info("  %-9s  %.3f %s %.3f", name, losses[0], sparkline(losses), losses[-1])
+    show_samples(samples)
+    if samples:
+        log.info("  %s", describe_stops(samples))
+    log.info("")
+    log.info("  %s %s", verdict.headline.upper(), verdict.evidence)
+    log.info("  Next: %s", verdict.advice)
+    log.info("")
+
+
+# --- report.html: one page for a person, without scripts and without anything from elsewhere.
+
+REPORT_STYLE = """
+:root{--paper:#fbfaf7;--card:#fff;--ink:#1b1d20;--soft:#62676e;--line:#e4e1da;--accent:#0b6e5f;
+--train:#9aa3b5;--good:#0b6e5f;--fair:#96610a;--bad:#b3382c;--tint:#f2f0ea}
+@media screen and (prefers-color-scheme:dark){:root{--paper:#131518;--card:#1b1e22;--ink:#e9e7e2;
+--soft:#9ba0a8;--line:#2d3137;--accent:#4cc5ad;--train:#737d92;--good:#4cc5ad;--fair:#e0aa4e;
+--bad:#f08377;--tint:#22262b}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.6 system-ui,-apple-system,
+"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;overflow-wrap:anywhere;
+font-variant-numeric:tabular-nums;-webkit-text-size-adjust:100%}
+main{max-width:1080px;margin:0 auto;padding:56px 28px 72px}
+h1{font-size:clamp(2.3rem,7vw,4rem);line-height:1.06;letter-spacing:-.03em;font-weight:700;
+margin:.3em 0 .35em}
+h2{font-size:1.45rem;letter-spacing:-.015em;line-height:1.25;margin:72px 0 4px;padding-top:20px;
+border-top:1px solid var(--line)}
+h3{font-size:1rem;margin:0 0 8px}
+p{margin:.4em 0 1em;max-width:68ch}
+.eyebrow{font-size:.8rem;letter-spacing:.06em;color:var(--soft);margin:0;max-width:none}
+.lead{font-size:1.18rem;line-height:1.55}
+.note{color:var(--soft);font-size:.92rem}
+.next{background:var(--tint);border-radius:12px;padding:14px 18px;max-width:68ch}
+.next b{color:var(--verdict);margin-right:.5em}
+.learned{--verdict:var(--good)}.barely,.overfitting{--verdict:var(--fair)}
+.not-learning{--verdict:var(--bad)}
+header h1{color:var(--verdict)}
+.figures{display:grid;grid-template-columns:repeat(3,1fr);gap:1px;background:var(--line);
+border:1px solid var(--line);border-radius:14px;overflow:hidden;margin:36px 0 0}
+.figures div{background:var(--card);padding:18px 20px}
+dt{font-size:.85rem;color:var(--soft)}
+dd{margin:0}
+.figures dd{font-size:1.6rem;line-height:1.3;font-weight:650;letter-spacing:-.02em}
+.figures dd i{font-style:normal;font-weight:400;color:var(--soft)}
+.figures small{display:block;font-size:.85rem;font-weight:400;letter-spacing:0;color:var(--soft)}
+.charts{display:grid;grid-template-columns:1.55fr 1fr;gap:24px 32px;margin-top:24px}
+.charts.even{grid-template-columns:1fr 1fr}
+.charts .tall{grid-row:span 2}
+figure{margin:0;min-width:0}
+figcaption{font-weight:600;font-size:.95rem;margin-bottom:6px;display:flex;flex-wrap:wrap;
+gap:2px 16px;align-items:baseline}
+.key{font-weight:400;font-size:.85rem;color:var(--soft);white-space:nowrap}
+.key::before{content:"";display:inline-block;width:16px;height:0;margin-right:6px;
+vertical-align:middle;border-top:3px solid var(--c)}
+.key.base::before{border-top-style:dashed;border-top-width:2px}
+svg{display:block;width:100%;height:auto;overflow:visible}
+svg text{font-size:12.5px;fill:var(--soft)}
+.grid{stroke:var(--line);stroke-width:1}
+.train{--c:var(--train)}.eval,.rate,.norm,.bar{--c:var(--accent)}.base{--c:var(--soft)}
+polyline{fill:none;stroke:var(--c);stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
+polyline.train{stroke-width:1.5}
+polyline.base{stroke-width:1.5;stroke-dasharray:5 5}
+circle{fill:var(--c)}circle.hit{fill:transparent}circle:hover{fill:var(--ink)}
+circle.best{fill:var(--paper);stroke:var(--accent);stroke-width:2.5}
+svg text.best{fill:var(--ink);font-weight:600;paint-order:stroke;stroke:var(--paper);
+stroke-width:4px}
+rect{fill:var(--c)}rect:hover{fill:var(--ink)}
+.charts+details{margin-top:22px}
+details{border-bottom:1px solid var(--line);padding:10px 0}
+summary{cursor:pointer;display:flex;flex-wrap:wrap;gap:2px 12px;align-items:baseline;
+list-style:none}
+summary::-webkit-details-marker{display:none}
+summary::before{content:"+";color:var(--soft);width:.9em;font-weight:600}
+details[open]>summary::before{content:"\\2013"}
+summary .count{margin-left:auto;font-weight:600}
+.tag{font-size:.78rem;line-height:1.5;border-radius:99px;padding:1px 9px;background:var(--tint);
+color:var(--soft);white-space:nowrap}
+.tag.drop,.tag.bad{color:var(--bad)}.tag.repair,.tag.good{color:var(--good)}
+.tag.warn{color:var(--fair)}
+ul.rows{list-style:none;margin:8px 0 4px;padding:0 0 0 1.65em}
+ul.rows li{margin:0 0 6px;font-size:.92rem}
+ul.rows b{font-weight:600;margin-right:.6em}
+article{background:var(--card);border:1px solid var(--line);border-radius:14px;padding:20px 22px;
+margin:16px 0}
+.text{white-space:pre-wrap;margin:0}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:12px 28px;margin-top:14px}
+.pair h4{margin:0 0 4px;font-size:.85rem;color:var(--soft);font-weight:500;display:flex;gap:8px;
+flex-wrap:wrap;align-items:baseline}
+.pair .tuned{border-left:3px solid var(--accent);padding-left:16px}
+article h3{max-height:14em;overflow:auto}
+article details{border:0;padding:12px 0 0;color:var(--soft);font-size:.92rem}
+table{border-collapse:collapse;width:100%;font-size:.88rem;margin:6px 0}
+td{padding:5px 0;border-bottom:1px solid var(--line);vertical-align:top}
+td:first-child{color:var(--soft);padding-right:20px;width:40%}
+.proof{list-style:none;padding:0;margin:14px 0}
+.proof li{padding-left:1.8em;margin:6px 0;position:relative}
+.proof li::before{content:"\\2713";position:absolute;left:0;color:var(--good);font-weight:700}
+@media(min-width:900px){.tall svg text{font-size:9.5px}}
+@media(max-width:720px){main{padding:32px 18px 48px}h2{margin-top:52px}
+.figures{grid-template-columns:1fr 1fr}.figures div{padding:14px}.figures dd{font-size:1.25rem}
+.charts,.charts.even,.pair{grid-template-columns:1fr}article{padding:16px}
+summary .meaning{order:3;width:100%;padding-left:1.65em}}
+@media print{body{background:#fff;font-size:10.5pt}main{padding:0;max-width:none}
+h2{margin-top:28px}figure,article,.figures{break-inside:avoid}h2,h3{break-after:avoid}
+article h3{max-height:none}
+details::details-content{content-visibility:visible;height:auto;display:block}
+summary::before{content:none}article,.figures,.figures div{background:none}}
+"""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Hold one line of a chart; `style` is its class in REPORT_STYLE."""
+
+    label: str
+    style: str
+    points: "Sequence[tuple[float, float]]"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Map values from the first tick to the last onto places from `start` to `end`."""
+
+    ticks: "tuple[float, ...]"
+    start: float
+    end: float
+
+    def place(self, value: float) -> float:
+        """Return where a value stands."""
+        share = (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
+        return round(self.start + share * (self.end - self.start), 1)
+
+
+def round_ticks(low: float, high: float, most: int = 5) -> "tuple[float, ...]":
+    """Return round numbers, evenly spaced, from at most `low` to at least `high`."""
+    if not high > low:
+        low, high = low - (abs(low) or 1) / 10, high + (abs(high) or 1) / 10
+    power = 10 ** math.floor(math.log10((high - low) / most))
+    for factor in (1, 2, 2.5, 5, 10, 20):
+        step = factor * power
+        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+        if last - first <= most:
+            break
+    return tuple(float(f"{number * step:.6g}") for number in range(first, last + 1))
+
+
+def draw_axes(across: Axis, up: Axis, labels: "Mapping[float, str]") -> str:
+    """Return the grid with its numbers; `labels` are those of the horizontal axis."""
+    parts = []
+    for tick in up.ticks:
+        y = up.place(tick)
+        parts.append(
+            f'<line class="grid" x1="{across.start}" x2="{across.end}" y1="{y}" y2="{y}"/>'
+            f'<text x="{across.start - 7}" y="{y + 4}" text-anchor="end">{tick:,g}</text>'
+        )
+    for place, label in labels.items():
+        x = across.place(place)
+        parts.append(f'<text x="{x}" y="{up.start + 19}" text-anchor="middle">{label}</text>')
+    return "".join(parts)
+
+
+MOST_POINTS = 160  # of a curve: more would only be ink
+
+
+def draw_curve(curve: Curve, across: Axis, up: Axis) -> str:
+    """Return one line, with a place to hover over for every point."""
+    points = thin_out(curve.points, MOST_POINTS)
+    places = [(across.place(x), up.place(y)) for x, y in points]
+    path = " ".join(f"{x},{y}" for x, y in places)
+    few = len(points) <= 40 and curve.style != "base"
+    shown = f'class="{curve.style}" r="2.5"' if few else 'class="hit" r="5"'
+    return f'<polyline class="{curve.style}" points="{path}"/>' + "".join(
+        f'<circle {shown} cx="{x}" cy="{y}"><title>step {step:g}: {curve.label} {value:.4g}</title>'
+        "</circle>"
+        for (x, y), (step, value) in zip(places, points, strict=True)
+    )
+
+
+def line_chart(
+    title: str,
+    curves: "Sequence[Curve]",
+    height: int,
+    best: "tuple[float, float] | None" = None,
+    kind: str = "",
+) -> str:
+    """Return a figure of curves over the steps; `best` is a point to mark."""
+    curves = [
+        dataclasses.replace(c, points=[p for p in c.points if math.isfinite(p[1])]) for c in curves
+    ]
+    curves = [c for c in curves if c.points]
+    if not curves:
+        return ""
+    values = [y for c in curves for _, y in thin_out(c.points, MOST_POINTS)]
+    if best:
+        values.append(best[1])
+    last = max(1, *(x for c in curves for x, _ in c.points))
+    ticks = round_ticks(0, last)
+    across = Axis((*ticks[:-1], last), 46, 430)  # it ends where the run ends
+    up = Axis(round_ticks(min(values), max(values), 5 if height > 200 else 3), height - 26, 10)
+    labels = {tick: f"{tick:,g}" for tick in ticks if tick <= last and tick % 1 == 0}
+    body = draw_axes(across, up, labels) + "".join(draw_curve(c, across, up) for c in curves)
+    if best:
+        x, y = across.place(best[0]), up.place(best[1])
+        anchor = "end" if x > 330 else "start"
+        body += (
+            f'<circle class="best" cx="{x}" cy="{y}" r="4.5"><title>best step {best[0]:g}: '
+            f'{best[1]:.4g}</title></circle><text class="best" x="{x}" y="{y - 11}" '
+            f'text-anchor="{anchor}">best, step {best[0]:g}</text>'
+        )
+    keys = "".join(f'<span class="key {c.style}">{c.label}</span>' for c in curves)
+    return (
+        f'<figure class="{kind}"><figcaption>{title}{keys if len(curves) > 1 else ""}</figcaption>'
+        f'<svg viewBox="0 0 440 {height}" role="img" aria-label="{title}">{body}</svg></figure>'
+    )
+
+
+def bar_chart(
+    title: str, edges: "Sequence[float]", counts: "Sequence[int]", unit: str, number: str = "{:g}"
+) -> str:
+    """Return a histogram: `counts` of rows between neighbouring `edges`."""
+    across, up = Axis(tuple(edges), 46, 430), Axis(round_ticks(0, max(5, *counts)), 194, 14)
+    every = math.ceil(len(counts) / 7)
+    labels = {edge: number.format(edge) for edge in edges[::every]}
+    bars = []
+    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+        x, top = across.place(low) + 1, up.place(count)
+        width = max(1, across.place(high) - x - 1)
+        if count:
+            tall = max(1.5, 194 - top)  # the smallest bar is still seen
+            bars.append(
+                f'<rect class="bar" x="{x:.1f}" y="{194 - tall:.1f}" width="{width:.1f}" '
+                f'height="{tall:.1f}" rx="1.5"><title>{number.format(low)} to '
+                f"{number.format(high)} {unit}: {count:,} rows</title></rect>"
+            )
+            if len(counts) <= 10:
+                place = f'x="{x + width / 2:.1f}" y="{188 - tall:.1f}"'
+                bars.append(f'<text {place} text-anchor="middle">{count:,}</text>')
+    return (
+        f"<figure><figcaption>{title}</figcaption>"
+        f'<svg viewBox="0 0 440 220" role="img" aria-label="{title}">'
+        f"{draw_axes(across, up, labels)}{''.join(bars)}</svg></figure>"
+    )
+
+
+def length_chart(data: PreparedData) -> str:
+    """Return the histogram of the examples' lengths."""
+    lengths = token_counts(data.train) + token_counts(data.eval)
+    edges = round_ticks(0, max(lengths), 20)
+    counts = [0] * (len(edges) - 1)
+    for length in lengths:
+        counts[min(int(length / edges[1]), len(counts) - 1)] += 1
+    return bar_chart("Tokens per row", edges, counts, "tokens", "{:,.0f}")
+
+
+def report_charts(result: TrainResult) -> str:
+    """Return the charts of the training."""
+    curves, metrics = loss_curves(result.history), result.metrics
+    before, last = metrics["eval_loss_before"], max([*curves.train, *curves.evals, (1, 0)])[0]
+    saved = [point for point in curves.evals if point[0] == metrics["best_step"]]
+    saved = saved or [(metrics["best_step"], metrics["eval_loss"])]
+    base = Curve("held-out rows, base model", "base", [(0, before), (last, before)])
+    norms, rates = (
+        [(r["step"], r[name]) for r in result.history if name in r]
+        for name in ("grad_norm", "learning_rate")
+    )
+    losses = [
+        Curve("training rows", "train", curves.train),
+        Curve("held-out rows", "eval", curves.evals),
+        base,
+    ]
+    return (
+        line_chart("Loss", losses, 300, saved[0], "tall")
+        + line_chart("Learning rate", [Curve("learning rate", "rate", rates)], 176)
+        + line_chart("Gradient norm", [Curve("gradient norm", "norm", norms)], 176)
+    )
+
+
+def figure_tiles(result: TrainResult, data: PreparedData, samples: "Sequence[Sample]") -> str:
+    """Return the numbers that matter most."""
+    m, quality = result.metrics, data.quality
+    before, after = m["eval_loss_before"], m["eval_loss"]
+    change = f"{(after - before) / before:+.1%}".replace("-", "−") if before else "no change"
+    stops = [sum(s.base.stopped for s in samples), sum(s.tuned.stopped for s in samples)]
+    usable = f"{math.floor(1000 * quality.quality_score) / 10:g} %"  # 100 % only where all are
+    return f"""<div><dt>Loss on held-out rows</dt><dd><i>{before:.3f} →</i> {after:.3f}
+<small>{change} against the base model</small></dd></div>
+<div><dt>Answers that end by themselves</dt><dd><i>{stops[0]} →</i> {stops[1]} of {len(samples)}
+<small>within {SAMPLE_TOKENS} tokens</small></dd></div>
+<div><dt>Rows</dt><dd>{m["train_examples"]:,}<small>to train, {m["eval_examples"]:,} held out,
+{m["dropped_examples"]:,} dropped</small></dd></div>
+<div><dt>Data quality</dt><dd>{usable}<small>{quality.valid_examples:,} of
+{quality.total_examples:,} rows usable, mean score {quality.mean_score:.2f}</small></dd></div>
+<div><dt>Training time</dt><dd>{human_seconds(m["train_runtime"])}
+<small>{m["train_tokens_per_second"]:,.0f} tokens/s on {m["device"]}, {m["dtype"]}</small></dd>
+</div><div><dt>Memory at its peak</dt><dd>{m["peak_memory_gb"]:.1f} GB
+<small>{m["trainable_params"]:,} of {m["total_params"]:,} parameters trained</small></dd></div>"""
+
+
+def check_list(quality: QualityReport) -> str:
+    """Return every check that found something, with example rows, and the worst rows."""
+    blocks: list[str] = []
+    found = [(name, d) for name, d in quality.check_details.items() if d["count"]]
+    for name, details in found:
+        rows = "".join(
+            f"<li><b>row {e['row']}</b>{html.escape(str(e['detail']))}</li>"
+            for e in details["examples"]
+        )
+        blocks.append(
+            f"<details{' open' * (len(blocks) < 3)}><summary><b>"
+            f'{html.escape(name.replace("_", " "))}</b><span class="tag {details["action"]}">'
+            f'{details["action"]}</span><span class="note meaning">'
+            f'{html.escape(details["meaning"])}</span><span class="count">{details["count"]:,}'
+            f'</span></summary><ul class="rows">{rows}</ul></details>'
+        )
+    worst = "".join(
+        f"<li><b>row {w['row']}, score {w['score']:.2f}</b>{html.escape(w['text'])} "
+        f'<span class="tag">{html.escape(", ".join(w["checks"]).replace("_", " "))}</span></li>'
+        for w in quality.worst_rows
+    )
+    if worst:
+        blocks.append(
+            "<details><summary><b>The rows with the lowest scores</b><span class='count'>"
+            f"{len(quality.worst_rows)}</span></summary><ul class='rows'>{worst}</ul></details>"
+        )
+    return "".join(blocks) or "<p>No check found anything.</p>"
+
+
+def sample_articles(samples: "Sequence[Sample]") -> str:
+    """Return the answers side by side."""
+
+    def column(name: str, style: str, answer: "Answer") -> str:
+        end = ("good", "ended by itself") if answer.stopped else ("", "cut off")
+        return (
+            f'<div class="{style}"><h4>{name}<span class="tag {end[0]}">{end[1]}</span></h4>'
+            f'<p class="text">{html.escape(answer.text.strip())}</p></div>'
+        )
+
+    return "".join(
+        f'<article><h3 class="text">{html.escape(s.question)}</h3><div class="pair">'
+        f"{column('Base model', 'base', s.base)}{column('With the adapter', 'tuned', s.tuned)}"
+        "</div>"
+        + (
+            "<details><summary>The answer in the data</summary>"
+            f'<p class="text">{html.escape(s.reference)}</p></details>'
+            if s.reference is not None
+            else ""
+        )
+        + "</article>"
+        for s in samples
+    )
+
+
+def fact_table(title: str, facts: "Mapping[str, object]") -> str:
+    """Return names and values, folded."""
+    rows = "".join(
+        f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>"
+        for name, value in facts.items()
+    )
+    return f"<details><summary><b>{title}</b></summary><table>{rows}</table></details>"
+
+
+def report_sections(
+    result: TrainResult,
+    data: PreparedData,
+    config: FineTuningConfig,
+    samples: "Sequence[Sample]",
+) -> "Iterator[tuple[str, str, str]]":
+    """Yield each section's title, what there is to know first, and its body."""
+    metrics, held_out = result.metrics, len(data.eval)
+    partial = periodic_examples(config)
+    warnings = "".join(f" Look at it with care: {text}." for text in metrics["loss_warnings"])
+    subset = (
+        f" The curve looks at {partial:,} of the {held_out:,} held-out rows; the dashed line and "
+        "the numbers above at all of them."
+    ) * (partial < held_out)
+    yield (
+        "Training",
+        f"Steps: {metrics['total_steps']:,}. Loss is the surprise per answer token: lower is "
+        "better, and what counts is that on held-out rows, which were never trained on."
+        + subset
+        + warnings,
+        f'<div class="charts">{report_charts(result)}</div>',
+    )
+    tenths = [n / 10 for n in range(11)]
+    scores = bar_chart("Score per row", tenths, data.quality.score_histogram, "points", "{:.1f}")
+    yield (
+        "Data",
+        "Rows count from 0, as in quality_report.json, which names every row that was left out.",
+        f'<div class="charts even">{length_chart(data)}{scores}</div>{check_list(data.quality)}',
+    )
+    yield (
+        "Answers before and after",
+        describe_stops(samples) + ". Your own questions first, then held-out ones.",
+        sample_articles(samples),
+    )
+    yield (
+        "Is the saved adapter the trained one?",
+        "Its file was read back into a fresh copy of the base model.",
+        f"""<ul class="proof"><li>All {metrics["adapter_tensors"]} tensors are finite, and bit for
+bit those that were trained.</li><li>Its loss on the held-out rows is
+{metrics["reloaded_eval_loss"]:.6f} again.</li><li>It gives the trained model's logits (difference
+{metrics["reloaded_logit_error"]:.2g}), and moves the base model's by
+{metrics["adapter_logit_effect"]:.2%}.</li></ul>""",
+    )
+    origin = {
+        "data": data.source.source,
+        "data sha256": metrics["data_sha256"],
+        "adapter sha256": metrics["adapter_sha256"],
+        "unified_finetune": __version__,
+        "operating system": platform.platform(),
+    }
+    tables = fact_table("Settings", saved_settings(config)) + fact_table("Numbers", metrics)
+    tables += fact_table("Versions and hashes", origin | package_versions())
+    yield "Details", "Everything that is needed to repeat this run.", tables
+
+
+def report_page(
+    result: TrainResult,
+    data: PreparedData,
+    config: FineTuningConfig,
+    samples: "Sequence[Sample]",
+    verdict: Verdict,
+) -> str:
+    """Return the page; `result.metrics` are the final ones."""
+    sections = "".join(
+        f'<h2>{title}</h2><p class="note">{html.escape(note)}</p>{body}'
+        for title, note, body in report_sections(result, data, config, samples)
+    )
+    headline, evidence, advice, model, name, source = map(
+        html.escape,
+        (
+            verdict.headline,
+            verdict.evidence,
+            verdict.advice,
+            config.model_name,
+            Path(config.output_dir).name,
+            data.source.path.name,
+        ),
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
+img-src data:; base-uri 'none'; form-action 'none'">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
+<title>{headline} {name}</title><style>{REPORT_STYLE}</style></head><body><main>
+<header class="{verdict.kind.replace(" ", "-")}">
+<p class="eyebrow">{model} · {source} · {datetime.now():%Y-%m-%d %H:%M}</p>
+<h1>{headline}</h1><p class="lead">{evidence}</p>
+<p class="next"><b>Next</b>{advice}</p></header>
+<dl class="figures">{figure_tiles(result, data, samples)}</dl>
+{sections}
+</main></body></html>
+"""
+
+
+# --- The model card.
+
+
+def draw_curves(result: TrainResult, path: Path) -> None:
+    """Draw the loss curves as a PNG for the model card, which shows no SVG."""
+    from matplotlib.figure import Figure
+
+    curves, metrics = loss_curves(result.history), result.metrics
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*curves.train, strict=True), color="#9aa3b5", lw=1.2, label="training rows")
+    if curves.evals:
+        axes.plot(
+            *zip(*curves.evals, strict=True), color="#0b6e5f", marker="o", ms=3, label="held-out"
+        )
+    axes.axhline(
+        metrics["eval_loss_before"], color="#62676e", ls="--", lw=1, label="held-out, base model"
+    )
+    axes.plot(
+        metrics["best_step"],
+        metrics["eval_loss"],
+        "o",
+        color="#0b6e5f",
+        mfc="white",
+        ms=8,
+        label=f"the saved adapter, step {metrics['best_step']}",
+    )
+    axes.set(xlabel="step", ylabel="loss per answer token")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e4e1da")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def card_header(config: FineTuningConfig, data: PreparedData, metrics: "dict[str, Any]") -> str:
+    """Return the YAML that the Hugging Face hub reads.
+
+    A base model in a local folder and data in a bucket have no names there: `base_model` and
+    `datasets` hold hub ids only, so the data set is named in the results alone.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    local = Path(config.model_name).expanduser().is_dir()
+    name = Path(config.output_dir).resolve().name
+    loss = metrics["eval_loss"]
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Text generation",
+            dataset_type="instruction-rows",
+            dataset_name=data.source.path.name,
+            dataset_split="held-out",
+            metric_type=kind,
+            metric_name=f"{kind} per answer token",
+            metric_value=round(value, 4),
+        )
+        for kind, value in (("loss", loss), ("perplexity", math.exp(min(loss, 700))))
+    ]
+    return ModelCardData(
+        base_model=None if local else config.model_name,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "sft", "unified-finetune"],
+        metrics=["loss", "perplexity"],
+        model_name=name,
+        eval_results=results,
+    ).to_yaml()
+
+
+def table_rows(facts: "Mapping[str, object]") -> str:
+    """Return the rows of a Markdown table, a line each whatever the values hold."""
+    return "\n".join(
+        "| {} | {} |".format(name, " ".join(str(value).split()).replace("|", "\\|"))
+        for name, value in facts.items()
+    )
+
+
+def model_card(
+    config: FineTuningConfig,
+    data: PreparedData,
+    metrics: "dict[str, Any]",
+    samples: "Sequence[Sample]",
+    verdict: Verdict,
+) -> str:
+    """Return the model card: a header that the Hugging Face hub reads, then text for people."""
+    answers = "\n\n".join(
+        f"**Question**\n\n{quoted(s.question)}\n\n**Base**\n\n{quoted(s.base.text)}\n\n"
+        f"**Adapter**\n\n{quoted(s.tuned.text)}"
+        for s in samples
+    )
+    asked: dict[str, str] = {"role": "user", "content": "Your question"}
+    messages = [{"role": "system", "content": config.system_prompt}] * bool(config.system_prompt)
+    return f"""---
+{card_header(config, data, metrics)}
+---
+# LoRA adapter for {config.model_name}
+
+**{verdict.headline}** {verdict.evidence} {verdict.advice}
+
+Trained by unified_finetune {__version__} on {metrics["train_examples"]} instruction rows
+(`{data.source.path.name}`, sha256 `{data.source.sha256}`), evaluated on
+{metrics["eval_examples"]} held-out rows.
+
+![Loss over the steps]({CURVES_FILE})
+
+## Use
+
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import PreTrainedTokenizerFast
+
+model = AutoPeftModelForCausalLM.from_pretrained("THIS_FOLDER")
+tokenizer = PreTrainedTokenizerFast.from_pretrained("THIS_FOLDER")
+messages = {[*messages, asked]!r}
+text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+answer = model.generate(**inputs, max_new_tokens=200, eos_token_id=tokenizer.eos_token_id)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```
+
+## Samples
+
+Greedy answers to questions that were not trained on, of the base model and with the adapter.
+{describe_stops(samples)}.
+
+{answers}
+
+## Numbers
+
+| name | value |
+| --- | --- |
+{table_rows(metrics)}
+
+## Settings
+
+| name | value |
+| --- | --- |
+{table_rows(saved_settings(config))}
+"""
+
+
+def quoted(text: str) -> str:
+    """Return text as a Markdown code block that its content cannot leave."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`+", text))])
+    return f"{fence}\n{text}\n{fence}"
+
+
+# --- The stage.
 
 
 def write_tokenizer(
@@ -6965,79 +7921,78 @@ def move_into_place(staged: Path, output: Path) -> None:
     flush_to_disk(output)
 
 
-def model_card(
-    config: FineTuningConfig,
+def write_accounts(
+    folder: Path,
+    result: TrainResult,
     data: PreparedData,
-    metrics: "dict[str, Any]",
+    config: FineTuningConfig,
     samples: "Sequence[Sample]",
-) -> str:
-    """Return the model card: a header that the Hugging Face hub reads, then text for people."""
-    from huggingface_hub import ModelCardData
-
-    local = Path(config.model_name).expanduser().is_dir()
-    header = ModelCardData(
-        base_model=None if local else config.model_name,
-        library_name="peft",
-        pipeline_tag="text-generation",
-        tags=["lora", "sft", "unified-finetune"],
-    ).to_yaml()
-    settings = saved_settings(config)
-    numbers = "\n".join(f"| {name} | {value} |" for name, value in metrics.items())
-    choices = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-    answers = "\n\n".join(
-        f"**Question**\n\n{quoted(s.question)}\n\n**Base**\n\n{quoted(s.base.text)}\n\n"
-        f"**Adapter**\n\n{quoted(s.tuned.text)}"
-        for s in samples
-    )
-    return f"""---
-{header}
----
-# LoRA adapter for {config.model_name}
-
-Trained by unified_finetune {__version__} on {metrics["train_examples"]} instruction rows
-(`{data.source.path.name}`, sha256 `{data.source.sha256}`), evaluated on
-{metrics["eval_examples"]} held-out rows: loss per answer token {metrics["eval_loss_before"]:.4f}
-before, {metrics["eval_loss"]:.4f} after.
-
-## Use
-
-```python
-from peft import AutoPeftModelForCausalLM
-from transformers import PreTrainedTokenizerFast
-
-model = AutoPeftModelForCausalLM.from_pretrained("THIS_FOLDER")
-tokenizer = PreTrainedTokenizerFast.from_pretrained("THIS_FOLDER")
-messages = [{{"role": "user", "content": "Your question"}}]
-text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-answer = model.generate(**inputs, max_new_tokens=200, eos_token_id=tokenizer.eos_token_id)
-print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-```
-
-## Samples
-
-Greedy answers to held-out questions, of the base model and with the adapter.
-
-{answers}
-
-## Numbers
-
-| name | value |
-| --- | --- |
-{numbers}
-
-## Settings
-
-| name | value |
-| --- | --- |
-{choices}
-"""
+    verdict: Verdict,
+) -> None:
+    """Write everything that tells of the run: settings, numbers, report, model card."""
+    identity = run_identity(config, data.source.sha256)
+    provenance = {
+        "program": f"unified_finetune {__version__}",
+        "packages": package_versions(),
+        "data_sha256": data.source.sha256,
+        "identity": identity,
+    }
+    write_json(folder / CONFIG_FILE, saved_settings(config) | {"provenance": provenance})
+    write_json(folder / QUALITY_FILE, dataclasses.asdict(data.quality))
+    write_json(folder / METRICS_FILE, result.metrics)
+    draw_curves(result, folder / CURVES_FILE)
+    pages = {
+        "README.md": model_card(config, data, result.metrics, samples, verdict),
+        REPORT_PAGE: report_page(result, data, config, samples, verdict),
+    }
+    for name, text in pages.items():
+        (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def quoted(text: str) -> str:
-    """Return text as a Markdown code block that its content cannot leave."""
-    fence = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`+", text))])
-    return f"{fence}\n{text}\n{fence}"
+def save_results(result: TrainResult, data: PreparedData, config: FineTuningConfig) -> RunArtifacts:
+    """Write the adapter, test it, and write its metrics, its report and its model card.
+
+    Nothing reaches the output folder before the adapter has passed its test, and the metrics,
+    which mark a finished run, reach it last. `result.model` is empty afterwards.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    output = Path(config.output_dir)
+    staged = output / RESULT_STAGING
+    samples = answer_samples(result, data, config)
+    try:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        result.model.peft_config["default"].save_pretrained(str(staged))
+        weights = adapter_weights(result.model)
+        save_file(weights, staged / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_tokenizer(result.tokenizer, (base_model_folder(config.model_name),), staged)
+        digest = sha256_of(staged / "adapter_model.safetensors")
+        proof = prove_adapter(result, data, config, staged)
+        verdict = judge_training(
+            result.metrics["eval_loss_before"],
+            result.metrics["eval_loss"],
+            result.history,
+            len(data.eval),
+        )
+        metrics = result.metrics | stopped_shares(samples) | proof
+        metrics |= verdict_metrics(verdict) | {"adapter_sha256": digest}
+        final = dataclasses.replace(result, metrics=metrics)
+        write_accounts(staged, final, data, config, samples, verdict)
+        move_into_place(staged, output)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise FineTuningError(
+            f"The results cannot be written to {output}: {writing_problem(error, staged)}",
+            hint="Make room there, then run the same command again: the training itself is kept in "
+            "the last checkpoint.",
+        ) from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    show_outcome(result, samples, verdict)
+    log.info("  adapter in %s, and %s for you to read", output, REPORT_PAGE)
+    log.info("  talk to it: %s chat --output_dir %s", program_command(), shlex.quote(str(output)))
+    return RunArtifacts(output, metrics)
 
 
 # ======================================================================================
@@ -9113,6 +10068,11 @@ def read_command_options(
     return options, wrong or list(options.problems())
 
 
+def joined(value: "str | list[str]") -> str:
+    """Return a flag's values as one text."""
+    return " ".join(value) if isinstance(value, list) else value
+
+
 def parse_command_line(
     argv: Sequence[str],
 ) -> "tuple[str, FineTuningConfig, ChatOptions | ExportOptions | None]":
@@ -9138,8 +10098,8 @@ def parse_command_line(
     settings = read_config_file(Path(parsed.config)) if parsed.config else []
     settings += read_environment()
     settings += [
-        Setting(name, " ".join(value) if isinstance(value, list) else value, "--" + name)
-        for name in config_fields()
+        Setting(name, value if f.metadata.get("sentences") else joined(value), "--" + name)
+        for name, f in config_fields().items()
         for value in [getattr(parsed, "setting_" + name)]
         if value is not None
     ]

@@ -17,14 +17,15 @@ RUN = (
 FILES = {
     "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "training_config.json", "training_metrics.json",
-    "quality_report.json", "README.md",
+    "quality_report.json", "README.md", "report.html", "curves.png",
 }  # fmt: skip
 METRICS = {
     "train_loss", "eval_loss", "eval_loss_before", "best_step", "total_steps", "train_runtime",
     "train_samples_per_second", "train_tokens_per_second", "input_tokens", "supervised_tokens",
     "peak_memory_gb", "device", "dtype", "trainable_params", "total_params", "trainable_percent",
     "train_examples", "eval_examples", "truncated_examples", "dropped_examples",
-    "resumed_from_step", "data_sha256", "adapter_sha256",
+    "resumed_from_step", "data_sha256", "adapter_sha256", "verdict", "stopped_share",
+    "stopped_share_before", "reloaded_eval_loss",
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ def settings_table() -> str:
     lines = ["| setting | default | meaning |", "| --- | --- | --- |"]
     for name, field in finetune.config_fields().items():
         value = field.default
-        shown = " ".join(value) if isinstance(value, tuple) else str(value)
+        shown = " ".join(value) or "none" if isinstance(value, tuple) else str(value)
         lines.append(f"| `{name}` | `{shown}` | {field.metadata['help']} |")
     return "\n".join(lines) + "\n"
 
