@@ -6128,7 +6128,7 @@ def callback_class() -> "Callable[[LoraTrainer], TrainerCallback]":
                 args.eval_steps,
                 args.save_steps,
             )
-            due = state.global_step % args.eval_steps == 0
+            due = state.global_step and state.global_step % args.eval_steps == 0
             if due and self.trainer.run.last_evaluated_step != state.global_step:
                 self.trainer.evaluate()
 
@@ -6155,9 +6155,7 @@ def evaluate_run(trainer: "LoraTrainer") -> "dict[str, float]":
     if not math.isfinite(loss):
         raise DeviceGaveUp(f"the evaluation at step {step} gives no finite loss")
     run.last_evaluated_step = step
-    if step == 0:
-        log.info("  eval loss %.4f before training", loss)
-    elif run.best_eval_loss is None or loss < run.best_eval_loss:
+    if run.best_eval_loss is None or loss < run.best_eval_loss:
         run.best_eval_loss, run.best_step, run.evaluations_without_gain = loss, step, 0
         trainer.best = adapter_weights(trainer.model)
         log.info("  step %d: eval loss %.4f, the best so far", step, loss)
@@ -6359,7 +6357,7 @@ def make_plan(data: PreparedData, config: FineTuningConfig) -> Plan:
     train = sum(len(ids) for ids in data.train["input_ids"])
     held_out = sum(len(ids) for ids in data.eval["input_ids"])
     share = min(1, periodic_examples(config) / len(data.eval))
-    periodic = steps // config.eval_steps + 2  # before the first step and after the last, too
+    periodic = steps // config.eval_steps + 1  # after the last step, too
     return Plan(
         steps,
         round(train * steps * effective_batch(config) / len(data.train)),
@@ -7202,9 +7200,14 @@ def advise(gain: float, curves: LossCurves, risen: "int | None") -> str:
 def judge_training(
     before: float, after: float, history: "Sequence[Mapping[str, float]]", eval_examples: int
 ) -> Verdict:
-    """Judge by the loss on held-out rows without and with the adapter, and by the curves."""
+    """Judge by the loss on held-out rows without and with the adapter, and by the curves.
+
+    The evaluations of the history may look at fewer rows than the two complete ones.
+    """
     curves = loss_curves(history)
     gain = (before - after) / before if before > 0 else 0.0
+    if gain < 0:  # no adapter beat the base, which is then the best point of the curve
+        curves = dataclasses.replace(curves, evals=((0, before), *curves.evals))
     few = " That is weak evidence: {} held-out row{}.".format(
         eval_examples, "s" * (eval_examples > 1)
     ) * (eval_examples < FEW_EVAL_ROWS)

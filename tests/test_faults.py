@@ -775,9 +775,9 @@ def nan_in_an_evaluation(patch: pytest.MonkeyPatch, step: int) -> None:
         (nan_in_a_weight, 4, "the adapter's weights are not finite"),  # a checkpoint is due
         (nan_in_a_weight, 5, "step 6 gives no finite numbers"),
         (nan_in_a_weight, STEPS, f"the evaluation at step {STEPS} gives no finite loss"),
-        (nan_in_an_evaluation, 1, "the evaluation at step 0 gives no finite loss"),
-        (nan_in_an_evaluation, 3, "the evaluation at step 6 gives no finite loss"),
-        (nan_in_an_evaluation, 8, "the last evaluation gives no finite loss"),
+        (nan_in_an_evaluation, 1, "the evaluation at step 3 gives no finite loss"),
+        (nan_in_an_evaluation, 2, "the evaluation at step 6 gives no finite loss"),
+        (nan_in_an_evaluation, 7, "the last evaluation gives no finite loss"),
     ],
 )
 def test_a_nan_reaches_neither_adapter_nor_checkpoint(

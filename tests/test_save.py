@@ -192,9 +192,9 @@ def test_each_figure_of_the_adapter_test_can_fail_it(changes, words):
 def history(
     evals: "list[float]", train: "list[float]", rate: float = 2e-5, every: int = 50
 ) -> "list[dict[str, float]]":
-    """Make records of a run: an evaluation every so many steps from step 0, a loss each step."""
-    records = [{"step": every * i, "eval_loss": loss} for i, loss in enumerate(evals)]
-    steps = max(1, every * (len(evals) - 1))
+    """Make records of a run: an evaluation every so many steps, a loss each step."""
+    records = [{"step": every * i, "eval_loss": loss} for i, loss in enumerate(evals, start=1)]
+    steps = every * len(evals)
     for step in range(1, steps + 1):
         loss = train[min(len(train) - 1, (step - 1) * len(train) // steps)]
         records.append({"step": step, "loss": loss, "grad_norm": 1.0, "learning_rate": rate})
@@ -202,28 +202,28 @@ def history(
 
 
 VERDICTS = {
-    "a good run": (2.0, 1.5, history([2.0, 1.6, 1.52, 1.5, 1.5], [2, 1.7, 1.5]), "learned", "chat"),
-    "still falling": (2.0, 1.5, history([2, 1.8, 1.6, 1.5], [2, 1.5]), "learned", "epochs"),
+    "a good run": (2.0, 1.5, history([1.6, 1.52, 1.5, 1.5], [2, 1.7, 1.5]), "learned", "chat"),
+    "still falling": (2.0, 1.5, history([1.8, 1.6, 1.5], [2, 1.5]), "learned", "epochs"),
     "hardly any gain": (
-        2.0, 1.97, history([2.0, 1.98, 1.971, 1.97], [2, 1.98]), "barely",
+        2.0, 1.97, history([1.98, 1.971, 1.97], [2, 1.98]), "barely",
         "--learning_rate to 0.0002",
     ),
     "nothing at a tiny rate": (
-        2.0, 1.9999, history([2.0, 2.0, 1.9999], [2, 2], 2e-7), "not learning",
+        2.0, 1.9999, history([2.0, 1.9999], [2, 2], 2e-7), "not learning",
         "Raise --learning_rate to 2e-06",
     ),
     "worse and worse": (
-        2.0, 2.6, history([2.0, 2.6, 3.0, 3.5], [2.0, 2.5, 3.0, 3.4], 4e-3), "not learning",
+        2.0, 2.6, history([2.6, 3.0, 3.5], [2.0, 2.5, 3.0, 3.4], 4e-3), "not learning",
         "Lower --learning_rate to 0.001",
     ),
     "by heart": (
-        2.0, 1.7, history([2.0, 1.7, 1.75, 1.9, 2.2], [2, 1.6, 1.2, 0.6, 0.3]), "overfitting",
+        2.0, 1.7, history([1.7, 1.75, 1.9, 2.2], [2, 1.6, 1.2, 0.6, 0.3]), "overfitting",
         "rows",
     ),
     "by heart at once": (
-        2.0, 2.05, history([2.0, 2.05, 2.3, 2.6], [2, 1.2, 0.6, 0.3]), "overfitting", "rows",
+        2.0, 2.05, history([2.05, 2.3, 2.6], [2, 1.2, 0.6, 0.3]), "overfitting", "rows",
     ),
-    "one bad evaluation": (2.0, 1.5, history([2.0, 1.5, 1.9, 1.5], [2, 1.5]), "learned", ""),
+    "one bad evaluation": (2.0, 1.5, history([1.5, 1.9, 1.5], [2, 1.5]), "learned", ""),
     "one step, no evaluation": (
         2.0, 1.9, [{"step": 1, "loss": 2.0, "grad_norm": 1, "learning_rate": 1e-3}], "learned",
         "chat",

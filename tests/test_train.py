@@ -320,9 +320,7 @@ def test_the_best_adapter_is_kept_and_training_stops_when_it_gets_no_better(prep
         max_eval_examples=1000,
     )
     result = train(data, config)
-    evaluations = [
-        (r["eval_loss"], r["step"]) for r in result.history if "eval_loss" in r and r["step"] > 0
-    ]
+    evaluations = [(r["eval_loss"], r["step"]) for r in result.history if "eval_loss" in r]
     assert result.metrics["best_step"] == min(evaluations)[1]
     assert evaluations[-1][1] == min(evaluations)[1] + 2 < result.metrics["total_steps"]
     assert result.metrics["eval_loss"] == pytest.approx(min(evaluations)[0], abs=1e-5)
