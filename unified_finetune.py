@@ -407,6 +407,15 @@ class Terminated(BaseException):
     """Unwind the program on SIGTERM, as KeyboardInterrupt does on Ctrl-C."""
 
 
+stop_signal = 0  # SIGINT or SIGTERM, once it has arrived
+
+
+def stop_if_asked() -> None:
+    """Raise what the signal that arrived stands for."""
+    if stop_signal:
+        raise KeyboardInterrupt if stop_signal == signal.SIGINT else Terminated
+
+
 class SecretFilter(logging.Filter):
     """Replace known secrets in every record, in its arguments and in its traceback."""
 
@@ -5867,9 +5876,6 @@ if TYPE_CHECKING:
         measured: int  # steps that this process has taken
 
 
-stop_signal = 0  # the first signal that arrived while training; read between forward passes
-
-
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end training between two passes; a second one ends it at once."""
@@ -5892,12 +5898,6 @@ def deferred_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def stop_if_asked() -> None:
-    """Raise what the deferred signal stands for."""
-    if stop_signal:
-        raise KeyboardInterrupt if stop_signal == signal.SIGINT else Terminated
 
 
 def empty_device_cache(device: str) -> None:
@@ -10187,10 +10187,13 @@ def execute(
 def main(argv: "Sequence[str] | None" = None) -> int:
     """Run the program and return its exit code."""
 
-    def on_sigterm(_signal: int, _frame: object) -> None:
-        raise Terminated
+    def on_signal(number: int, _frame: object) -> None:
+        global stop_signal
+        stop_signal = number
+        stop_if_asked()
 
-    signal.signal(signal.SIGTERM, on_sigterm)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     set_environment()
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments[:1] == [SELF_TEST]:
@@ -10206,13 +10209,13 @@ def main(argv: "Sequence[str] | None" = None) -> int:
         log.debug("Details", exc_info=True)
         return error.exit_code
     except KeyboardInterrupt:
-        report_error("Stopped by Ctrl-C.", "Run the same command again to go on.", log_file)
-        return 130
+        return report_stop(signal.SIGINT, log_file)
     except Terminated:
-        report_error("Stopped by SIGTERM.", "Run the same command again to go on.", log_file)
-        return 143
+        return report_stop(signal.SIGTERM, log_file)
     except Exception as error:  # the one place where the unexpected ends
         log.debug("Unexpected", exc_info=True)
+        if stop_signal:  # a library that was being imported makes an ImportError of it
+            return report_stop(stop_signal, log_file)
         report_error(
             f"Unexpected {type(error).__name__}: {error}",
             "This is a fault of the program; the log has the traceback.",
@@ -10220,6 +10223,13 @@ def main(argv: "Sequence[str] | None" = None) -> int:
         )
         return 1
     return 0
+
+
+def report_stop(number: int, log_file: "Path | None") -> int:
+    """Say that a signal ended the program, and return the exit code for it."""
+    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    report_error(f"Stopped by {name}.", "Run the same command again to go on.", log_file)
+    return 128 + number
 
 
 def report_error(message: str, hint: str, log_file: "Path | None") -> None:

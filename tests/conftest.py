@@ -31,6 +31,19 @@ sys.path.insert(0, str(ROOT))  # so that tests can import the program
 FAULTS: "Counter[str]" = Counter()  # what tests inject, counted for the summary at the end
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand the counts of one of several test processes to the first one."""
+    output = getattr(session.config, "workeroutput", None)  # only those of pytest-xdist have it
+    if output is not None:
+        output["faults"] = dict(FAULTS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add up what a test process hands over."""
+    FAULTS.update(getattr(node, "workeroutput", {}).get("faults", {}))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print how many faults of each kind the program was put through."""
     if FAULTS:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -576,3 +577,18 @@ def test_every_run_has_its_own_log_file_with_times_and_details(
         text = (tmp_path / "logs" / "finetuning" / name).read_text()
         assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO ", text)
         assert "[1/5] preflight" in text
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_a_library_turns_into_an_error_still_is_that_signal(
+    monkeypatch, tmp_path, capsys, number, code
+):
+    def import_something(*_):
+        try:
+            signal.raise_signal(number)
+        except BaseException as error:
+            raise ImportError("initialization failed") from error
+
+    monkeypatch.setattr(finetune, "execute", import_something)
+    assert finetune.main(["check", "--log_dir", str(tmp_path)]) == code
+    assert "Stopped by" in capsys.readouterr().err

@@ -1065,7 +1065,7 @@ def test_only_a_mac_is_kept_awake_and_its_battery_told(
     caplog.set_level(logging.INFO)
     commands: list[list[str]] = []
     battery = SimpleNamespace(percent=41, power_plugged=False)
-    monkeypatch.setattr(finetune, "sys", SimpleNamespace(platform=platform))
+    monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(finetune, "subprocess", SimpleNamespace(Popen=commands.append))
     monkeypatch.setattr(psutil, "sensors_battery", lambda: battery, raising=False)
     finetune.keep_awake()
