@@ -9956,6 +9956,7 @@ def stage(number: int, name: str) -> Iterator[None]:
     except FineTuningError as error:
         error.exit_code = 10 + number
         raise
+    stop_if_asked()  # a signal's exception is lost where it hits a destructor
     log.info("[%d/5] %s done in %s", number, name, human_seconds(time.monotonic() - started))
 
 
@@ -10192,8 +10193,12 @@ def main(argv: "Sequence[str] | None" = None) -> int:
         stop_signal = number
         stop_if_asked()
 
+    def on_ignored(ignored: "sys.UnraisableHookArgs") -> None:
+        log.debug("Ignored in %r: %r", ignored.object, ignored.exc_value)
+
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
+    sys.unraisablehook = on_ignored
     set_environment()
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments[:1] == [SELF_TEST]:

@@ -589,6 +589,24 @@ def test_a_signal_that_a_library_turns_into_an_error_still_is_that_signal(
         except BaseException as error:
             raise ImportError("initialization failed") from error
 
+    monkeypatch.setattr(finetune, "stop_signal", 0)  # and put back after the test
     monkeypatch.setattr(finetune, "execute", import_something)
     assert finetune.main(["check", "--log_dir", str(tmp_path)]) == code
     assert "Stopped by" in capsys.readouterr().err
+
+
+def test_a_signal_that_is_lost_in_a_destructor_ends_the_stage(monkeypatch, tmp_path, capsys):
+    class Fragile:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    def execute(*_):
+        with finetune.stage(3, "prepare"):
+            Fragile()
+
+    monkeypatch.setattr(finetune, "stop_signal", 0)  # and put back after the test
+    monkeypatch.setattr(finetune, "execute", execute)
+    assert finetune.main(["check", "--log_dir", str(tmp_path)]) == 143
+    shown = capsys.readouterr().err
+    assert "Stopped by SIGTERM" in shown
+    assert "Traceback" not in shown
