@@ -6517,6 +6517,9 @@ def train_on(
     patience = config.early_stopping_patience
     if done < steps and not (patience and run.evaluations_without_gain >= patience):
         train_to_the_end(trainer, steps, done, checkpoint)
+    elif run.last_evaluated_step < done:  # the run was stopped in its last evaluation
+        trainer.state.global_step = done
+        trainer.evaluate()
     return finish_training(trainer, data, config, device, dtype, done)
 
 

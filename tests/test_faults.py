@@ -770,6 +770,29 @@ def nan_in_an_evaluation(patch: pytest.MonkeyPatch, step: int) -> None:
     patch.setattr(finetune, "mean_loss", spoil)
 
 
+@pytest.mark.parametrize("evaluation", range(1, 9))  # of steps 3, 6, ... 15, 16; two at the end
+def test_a_run_stopped_in_an_evaluation_ends_with_the_same_adapter(
+    prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluation: int
+) -> None:
+    data, config = prepare()
+    expected = train(data, config)
+    config = dataclasses.replace(config, output_dir=str(tmp_path / "stopped"))
+    real, left = finetune.mean_loss, [evaluation]
+
+    def stop(*args: Any) -> float:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(finetune, "mean_loss", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(data, config)
+    result = train(data, config)
+    assert same(adapter_of(result), adapter_of(expected))
+    assert result.metrics["best_step"] == expected.metrics["best_step"] == STEPS
+
+
 @pytest.mark.parametrize(
     ("inject", "step", "told"),
     [
