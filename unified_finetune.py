@@ -4463,8 +4463,10 @@ def same_keys(keys: "IntArray", rows: "IntArray") -> "tuple[IntArray, IntArray]"
 
 
 def zip_lists(first: "IntArray", second: "IntArray") -> "Iterator[tuple[int, int]]":
-    """Return the pairs of two arrays as plain numbers."""
-    return zip(first.tolist(), second.tolist(), strict=True)
+    """Yield the pairs of two arrays as plain numbers, which take five times the memory."""
+    for start in range(0, len(first), 100_000):
+        part = slice(start, start + 100_000)
+        yield from zip(first[part].tolist(), second[part].tolist(), strict=True)
 
 
 def join_families(
@@ -4491,7 +4493,7 @@ def join_families(
             if first != second and together <= largest:
                 parent[second] = first
                 members[first] = together
-    return np.array([find(row) for row in range(size)])
+    return np.fromiter(map(find, range(size)), np.int64, size)
 
 
 def flag_rows(
