@@ -6969,15 +6969,17 @@ def stopped_shares(samples: "Sequence[Sample]") -> "dict[str, float]":
         "stopped_share_before": round(sum(s.base.stopped for s in samples) / count, 4),
         "stopped_share": round(sum(s.tuned.stopped for s in samples) / count, 4),
         "sample_answers": len(samples),
+        "empty_answers": sum(not s.tuned.text.strip() for s in samples),
     }
 
 
 def describe_stops(samples: "Sequence[Sample]") -> str:
     """Return the same in words."""
     before, after = sum(s.base.stopped for s in samples), sum(s.tuned.stopped for s in samples)
+    empty = sum(not s.tuned.text.strip() for s in samples)
     return (
         f"{after} of {len(samples)} answers end by themselves within {SAMPLE_TOKENS} tokens "
-        f"(base: {before})"
+        f"(base: {before})" + f"; {empty} SAY NOTHING AT ALL" * bool(empty)
     )
 
 

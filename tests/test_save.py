@@ -333,6 +333,14 @@ def test_the_share_of_answers_that_end_is_counted():
     )
 
 
+def test_answers_that_say_nothing_are_counted_and_told():
+    said, nothing = (finetune.Answer(text, (1,), True) for text in ("Yes.", " \n"))
+    samples = [finetune.Sample("q", "a", nothing, answer) for answer in (said, nothing, nothing)]
+    assert finetune.stopped_shares(samples)["empty_answers"] == 2
+    assert "2 SAY NOTHING AT ALL" in finetune.describe_stops(samples)
+    assert "NOTHING" not in finetune.describe_stops(samples[:1])
+
+
 # --- the model card
 
 
