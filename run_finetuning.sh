@@ -37,24 +37,35 @@ requirements=$root/requirements-finetuning.txt
 venv=$root/venv_finetune
 stamp=$venv/installed.txt # written last: without it the venv is half-made
 
+# "Darwin arm64" is a Mac with an Apple chip, "Darwin x86_64" one with Intel's. PyTorch left those
+# behind: they have packages of their own (see the requirements), made for older systems.
+system=$(uname -sm)
+newest_python=3.14
+oldest_macos=14
+if [ "$system" = "Darwin x86_64" ]; then
+  newest_python=3.12
+  oldest_macos=12
+fi
+
 # --- is the venv ready? -------------------------------------------------------------------------
 
-# Print what a finished venv was made from. A venv that was moved, or whose Python was replaced by
-# the next one, has scripts and packages that point nowhere.
+# Print what a venv is made for: after a move from an Intel Mac to another, or when its Python was
+# replaced by the next one, its packages are the wrong ones.
 describe_venv() {
-  "$venv/bin/python" -I -S -c 'import sys; print("Python %d.%d" % sys.version_info[:2])' &&
-    printf '%s\n' "$venv"
+  "$venv/bin/python" -I -S -c \
+    'import sys; print("%s, Python %d.%d" % (sys.argv[1], *sys.version_info[:2]))' "$system"
 }
 
-describe_install() { describe_venv && cat -- "$requirements"; }
-
-venv_is_ready() { describe_install 2>/dev/null | cmp -s - "$stamp"; }
-
-# Only the requirements changed, and pip is there to follow them.
-venv_can_be_updated() {
-  [ -f "$stamp" ] && [ "$(describe_venv 2>/dev/null)" = "$(head -n 2 "$stamp")" ] &&
-    "$venv/bin/python" -m pip --version >/dev/null 2>&1
+# Tell whether the venv was finished here, as the stamp's two first lines say. A venv that was moved
+# has scripts that point nowhere; the same folder under another spelling (macOS takes a path in any
+# case) is the same place.
+venv_is_whole() {
+  local made_for='' place=''
+  [ -f "$stamp" ] && { IFS= read -r made_for && IFS= read -r place; } <"$stamp" &&
+    [ "$place" -ef "$venv" ] && [ "$(describe_venv 2>/dev/null)" = "$made_for" ]
 }
+
+venv_is_ready() { venv_is_whole && tail -n +3 "$stamp" | cmp -s - "$requirements"; }
 
 # --- a Python -----------------------------------------------------------------------------------
 
@@ -62,20 +73,27 @@ venv_can_be_updated() {
 probe='
 import os, sys
 version = "is %d.%d.%d" % sys.version_info[:3]
-if not (3, 11) <= sys.version_info < (3, 14):
+if not (3, 11) <= sys.version_info[:2] <= (3, int(sys.argv[1][2:])):
     sys.exit(version)
-if sys.platform == "darwin" and os.uname()[4] != "arm64":
-    sys.exit(version + ", built for Intel: PyTorch no longer is")
+if sys.platform == "darwin" and os.uname()[4] not in sys.argv[2]:
+    sys.exit(version + ", built for Intel Macs; this one has an Apple chip")
 try:
     import ensurepip, venv
 except ImportError:
     package = "python%d.%d-venv" % sys.version_info[:2]
     sys.exit(version + ", without venv (Debian, Ubuntu: sudo apt install %s)" % package)
+libraries = {"bz2": "bzip2", "ctypes": "libffi", "lzma": "xz", "ssl": "openssl"}
+for module in libraries: # a Python that was made from source does without what it did not find
+    try:
+        __import__(module)
+    except ImportError:
+        need = (module, libraries[module])
+        sys.exit(version + ", without %s (install %s, then this Python again)" % need)
 '
 
 # Tell whether calling this path would only open a window that offers Apple's developer tools.
 is_apples_placeholder() {
-  [ "$(uname -s):$1" = Darwin:/usr/bin/python3 ] && ! xcode-select -p >/dev/null 2>&1
+  [ "${system% *}:$1" = Darwin:/usr/bin/python3 ] && ! xcode-select -p >/dev/null 2>&1
 }
 
 get_python_from_uv() {
@@ -87,12 +105,13 @@ get_python_from_uv() {
 # Set `python` to an interpreter that the packages accept, or say how to get one.
 find_python() {
   local candidate path answer seen='' newline=$'\n'
-  for candidate in python3.13 python3.12 python3.11 python3; do
+  # 3.14 comes last: all packages are made for it, but the tests have not run there.
+  for candidate in python3.13 python3.12 python3.11 python3.14 python3; do
     if ! path=$(command -v "$candidate"); then
       answer="is not there"
     elif is_apples_placeholder "$path"; then
       answer="($path) is Apple's placeholder"
-    elif answer=$("$path" -c "$probe" 2>&1); then
+    elif answer=$("$path" -c "$probe" "$newest_python" "$system" 2>&1); then
       python=$path
       return
     else
@@ -108,12 +127,12 @@ find_python() {
     fi
     seen="$seen  uv could not get one (its message is above)$newline"
   fi
-  fail "This program needs Python 3.11, 3.12 or 3.13. Looked at:" "$seen$(how_to_get_python)"
+  fail "This program needs Python 3.11 to $newest_python. Looked at:" "$seen$(how_to_get_python)"
 }
 
 how_to_get_python() {
   echo "-> Get one, then start again in a new terminal:"
-  if [ "$(uname -s)" = Darwin ]; then
+  if [ "${system% *}" = Darwin ]; then
     echo "     brew install python@3.12             with Homebrew"
     echo "     https://www.python.org/downloads/    the installer for macOS"
   else
@@ -124,15 +143,20 @@ how_to_get_python() {
   echo "     curl -LsSf https://astral.sh/uv/install.sh | sh"
 }
 
-# The last PyTorch for Intel Macs is 2.2.2; better said here than by pip ten minutes later.
-refuse_intel_macs() {
-  [ "$(uname -sm)" = "Darwin x86_64" ] || return 0
+# Better said here than by pip, minutes later and in other words.
+refuse_unfit_macs() {
+  local version
+  [ "${system% *}" = Darwin ] || return 0
   if [ "$(sysctl -n sysctl.proc_translated 2>/dev/null)" = 1 ]; then
     fail "This terminal runs Intel programs on an Apple chip (Rosetta)." \
       "-> Start with: arch -arm64 $root/run_finetuning.sh"
   fi
-  fail "This Mac has an Intel processor, for which PyTorch is made no more (the last was 2.2.2)." \
-    "-> Use a Mac with an Apple chip, or a Linux machine; the folder can be copied there as it is."
+  version=$(SYSTEM_VERSION_COMPAT=0 sw_vers -productVersion 2>/dev/null) || return 0
+  if [ "${version%%.*}" -lt "$oldest_macos" ]; then
+    fail "This Mac has macOS $version, and PyTorch is made for macOS $oldest_macos and newer." \
+      "-> Update macOS (System Settings, General), or use another machine: the folder can be" \
+      "   copied there as it is."
+  fi
 }
 
 # --- making the venv ----------------------------------------------------------------------------
@@ -173,7 +197,7 @@ make_venv() {
 # that server does not answer: PyPI, or a local folder, has all that is needed.
 torch_index() {
   local url=https://download.pytorch.org/whl/cpu
-  if [ "$(uname -s)" = Linux ] && [ -z "${PIP_EXTRA_INDEX_URL-}" ] &&
+  if [ "${system% *}" = Linux ] && [ -z "${PIP_EXTRA_INDEX_URL-}" ] &&
     ! command -v nvidia-smi >/dev/null && [ ! -e /dev/nvidiactl ] &&
     curl --silent --fail --head --max-time 5 --output /dev/null "$url/torch/" 2>/dev/null; then
     echo "$url"
@@ -196,18 +220,18 @@ install_requirements() {
 }
 
 prepare_venv() {
-  refuse_intel_macs
+  refuse_unfit_macs
   find_python
   lock_venv
   if ! venv_is_ready; then # it may have become so while waiting
-    if venv_can_be_updated; then
+    if venv_is_whole && "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
       say "requirements-finetuning.txt has changed."
     else
       make_venv
     fi
     rm -f -- "$stamp"
     install_requirements
-    describe_install >"$stamp.new"
+    { describe_venv && printf '%s\n' "$venv" && cat -- "$requirements"; } >"$stamp.new"
     mv -f -- "$stamp.new" "$stamp"
   fi
   exec 9>&-

@@ -16,6 +16,7 @@ examples, `ours` the full 2 x 1024 tokens.
 
 import argparse
 import json
+import logging
 import os
 import random
 import resource
@@ -32,15 +33,10 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 BATCH = 16
 SETTINGS = {
-    "lora_dropout": 0.05,
-    "max_seq_length": 1024,
-    "warmup_steps": 2,
-    "num_train_epochs": 1,
-    "logging_steps": 1000,
-    "eval_steps": 100000,
-    "save_steps": 100000,
-    "device": "cpu",
-}
+    "lora_dropout": 0.05, "max_seq_length": 1024, "warmup_steps": 2, "num_train_epochs": 1,
+    "logging_steps": 1, "eval_steps": 100000, "save_steps": 100000, "max_eval_examples": 1,
+    "min_disk_gb": 0, "device": "cpu",
+}  # fmt: skip
 SMALL_BUDGET = 224  # tokens: about four of the real data's examples
 
 
@@ -56,17 +52,10 @@ def build_model(layers: int, tokenizer: Path, cache: Path) -> Path:
 
     torch.manual_seed(0)
     shape = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        max_position_embeddings=2048,
-        rms_norm_eps=1e-5,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers,
+        num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=2048,
+        rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
     LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(tokenizer / name, folder / name)
@@ -78,30 +67,19 @@ def tokenize_rows(model: Path, data: Path, count: int) -> "list[dict]":
     import unified_finetune as program
 
     text = data.read_text(encoding="utf-8")
-    rows = (
-        json.loads(text)
-        if text.lstrip().startswith("[")
-        else list(map(json.loads, text.splitlines()))
-    )
+    is_array = text.lstrip().startswith("[")
+    rows = json.loads(text) if is_array else list(map(json.loads, text.splitlines()))
     random.Random(42).shuffle(rows)
-    tokenizer = program.load_tokenizer(str(model))
+    tokenizer = program.load_tokenizer(model)
     examples = []
     for number, row in enumerate((rows * (count // len(rows) + 1))[:count]):
         question = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
-        prompt = program.render_chat(
-            tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True
-        )
-        prompt_ids = program.tokenize_rendered(tokenizer, prompt)
-        ids = program.tokenize_rendered(tokenizer, prompt + row["output"] + tokenizer.eos_token)
-        examples.append(
-            {
-                "row": number,
-                "prompt": prompt,
-                "answer": row["output"],
-                "input_ids": ids,
-                "prompt_length": len(prompt_ids),
-            }
-        )
+        prompt = [{"role": "user", "content": question}]
+        start = program.render_chat(tokenizer, prompt, answer_next=True)
+        texts = [start, start + row["output"] + tokenizer.eos_token]
+        prompt_ids, ids = program.tokenize(tokenizer, texts)
+        spans = [[len(prompt_ids), len(ids)]]
+        examples.append({"row": number, "input_ids": ids, "spans": spans, "length": len(ids)})
     return examples
 
 
@@ -114,59 +92,46 @@ def second_of(action: Callable[[], object]) -> float:
 
 
 def run_ours(
-    model: Path,
-    examples: "list[dict]",
-    evaluation: "list[dict]",
-    precision: str,
-    budget: "int | None",
+    model: Path, examples: "list[dict]", evaluation: "list[dict]", half: bool, budget: "int | None"
 ) -> dict:
     """Train with the program's own stage 4 and return its timings."""
     import datasets
 
     import unified_finetune as program
 
-    values = SETTINGS | {
-        "model_name": str(model),
-        "output_dir": tempfile.mkdtemp(),
-        "bf16": precision == "bf16",
-    }
-    config = program.build_config([program.Setting(k, v, "benchmark") for k, v in values.items()])
-    # What the trainer reads of PreparedData.
+    marks: list[float] = []
+    values = SETTINGS | {"model_name": str(model), "output_dir": tempfile.mkdtemp(), "bf16": half}
+    given = [(name, value, "benchmark") for name, value in values.items()]
+    config = program.build_record(program.FineTuningConfig, given, [])
+    base = program.open_base_model(str(model))
+    # What the trainer reads of PreparedData; the tokens that a pass may hold follow from it.
     data = types.SimpleNamespace(
-        train=datasets.Dataset.from_list(examples),
-        eval=datasets.Dataset.from_list(evaluation),
-        tokenizer=program.load_tokenizer(str(model)),
+        train=datasets.Dataset.from_list(examples), eval=datasets.Dataset.from_list(evaluation),
+        tokenizer=base.tokenizer, base=base,
         source=types.SimpleNamespace(sha256="benchmark"),
-    )
-    dtype = "bfloat16" if precision == "bf16" else "float32"
-    adapted = program.add_adapter(program.load_base_model(config, "cpu", dtype), config)
-    run = program.start_run(data, config, "cpu", dtype, None)
-    run.budget = budget or run.budget
-    program.keep_freed_memory()
-    program.install_engine(adapted)
-    trainer = program.build_trainer(data, config, adapted, run, "cpu")
-    seconds = []
-    note = program.note_step
+        quality=types.SimpleNamespace(truncated_examples=0, dropped_examples=0),
+        max_seq_length=budget // 2 if budget else config.max_seq_length,
+    )  # fmt: skip
 
-    def timed(trainer):
-        seconds.append(time.monotonic())
-        note(trainer)
+    class Clock(logging.Handler):
+        def emit(self, record):
+            if record.getMessage().startswith("  step ") and "tokens/s" in record.getMessage():
+                marks.append(time.monotonic())
 
-    program.note_step = timed
-    trainer.evaluate = lambda **_: {"eval_loss": 0.0}
-    trainer._save_checkpoint = lambda *_: None
-    with program.progress_bar(len(examples) // BATCH, "steps", "training") as trainer.bar:
-        trainer.train()
-    tokens = program.evaluation_budget(run.budget, "cpu")
+    program.log.setLevel("INFO")
+    program.log.addHandler(Clock())
+    report = program.PreflightReport((), "cpu", "bfloat16" if half else "float32", base)
+    result = program.train_lora(data, report, config)
+    tuned, tokens = result.model, result.budget
     return {
-        "marks": seconds,
-        "evaluation": second_of(lambda: program.mean_loss(adapted, data.eval, tokens, "cpu")),
-        "losses": [r["loss"] for r in run.history],
+        "marks": marks,
+        "evaluation": second_of(lambda: program.mean_loss(tuned, data.eval, tokens, "cpu")),
+        "losses": [r["loss"] for r in result.history if "loss" in r],
     }
 
 
 def run_plain(
-    model: Path, examples: "list[dict]", evaluation: "list[dict]", precision: str, autocast: bool
+    model: Path, examples: "list[dict]", evaluation: "list[dict]", half: bool, autocast: bool
 ) -> dict:
     """Train with SFTTrainer as it comes and return its timings."""
     import datasets
@@ -178,15 +143,8 @@ def run_plain(
     import unified_finetune as program
 
     def labelled(rows):
-        return datasets.Dataset.from_list(
-            [
-                {
-                    "input_ids": r["input_ids"],
-                    "labels": [-100] * r["prompt_length"] + r["input_ids"][r["prompt_length"] :],
-                }
-                for r in rows
-            ]
-        )
+        both = [{"input_ids": r["input_ids"], "labels": program.labels_of(r)} for r in rows]
+        return datasets.Dataset.from_list(both)
 
     marks, losses = [], []
 
@@ -198,45 +156,27 @@ def run_plain(
             if logs and "loss" in logs:
                 losses.append(logs["loss"])
 
-    half = precision == "bf16"
-    base = AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.bfloat16 if half and not autocast else torch.float32
-    )
+    dtype = torch.bfloat16 if half and not autocast else torch.float32
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     trainer = SFTTrainer(
         model=base,
         args=SFTConfig(
-            output_dir=tempfile.mkdtemp(),
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=8,
-            num_train_epochs=1,
-            learning_rate=2e-5,
-            weight_decay=0.01,
-            warmup_steps=2,
-            lr_scheduler_type="cosine",
-            bf16=half,
-            activation_checkpointing=False,
-            use_cpu=True,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            seed=42,
-            disable_tqdm=True,
-            max_length=None,
-            per_device_eval_batch_size=8,
+            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=2, bf16=half, seed=42,
+            gradient_accumulation_steps=8, num_train_epochs=1, learning_rate=2e-5, use_cpu=True,
+            weight_decay=0.01, warmup_steps=2, lr_scheduler_type="cosine", logging_steps=1,
+            activation_checkpointing=False, save_strategy="no", report_to="none", max_length=None,
+            disable_tqdm=True, per_device_eval_batch_size=8,
             dataset_kwargs={"skip_prepare_dataset": True},
         ),
         train_dataset=labelled(examples),
         eval_dataset=labelled(evaluation),
-        processing_class=program.load_tokenizer(str(model)),
+        processing_class=program.load_tokenizer(model),
         peft_config=LoraConfig(
-            r=32,
-            lora_alpha=64,
-            lora_dropout=0.05,
+            r=32, lora_alpha=64, lora_dropout=0.05, task_type="CAUSAL_LM",
             target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-            task_type="CAUSAL_LM",
         ),
         callbacks=[Clock()],
-    )
+    )  # fmt: skip
     trainer.train()
     return {"marks": marks, "evaluation": second_of(trainer.evaluate), "losses": losses}
 
@@ -249,9 +189,10 @@ def work(args: argparse.Namespace) -> None:
     variant, precision = args.worker.split(":")
     if variant.startswith("ours"):
         budget = SMALL_BUDGET if variant == "ours-small" else None
-        result = run_ours(model, examples, evaluation, precision, budget)
+        result = run_ours(model, examples, evaluation, precision == "bf16", budget)
     else:
-        result = run_plain(model, examples, evaluation, precision, variant == "plain-autocast")
+        autocast = variant == "plain-autocast"
+        result = run_plain(model, examples, evaluation, precision == "bf16", autocast)
     steps = [b - a for a, b in zip(result["marks"], result["marks"][1:], strict=False)]
     tokens = [len(e["input_ids"]) for e in examples]
     pairs = list(zip(tokens[::2], tokens[1::2], strict=True))
@@ -259,7 +200,7 @@ def work(args: argparse.Namespace) -> None:
         "step_seconds": steps,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
         "tokens_per_example": sum(tokens) / len(tokens),
-        "supervised_per_example": sum(len(e["input_ids"]) - e["prompt_length"] for e in examples)
+        "supervised_per_example": sum(e["length"] - e["spans"][0][0] for e in examples)
         / len(examples),
         # of the cells that padding pairs of examples computes
         "padded_share": 0.0
@@ -337,18 +278,8 @@ def compare(args: argparse.Namespace, model: Path, precision: str, variants: "li
     for _ in range(args.rounds):
         for variant in variants:
             rates.append(gemm_rate(precision))
-            command = [
-                sys.executable,
-                __file__,
-                "--worker",
-                f"{variant}:{precision}",
-                "--model",
-                str(model),
-                "--data",
-                args.data,
-                "--steps",
-                str(args.steps),
-            ]
+            command = [sys.executable, __file__, "--worker", f"{variant}:{precision}"]
+            command += ["--model", str(model), "--data", args.data, "--steps", str(args.steps)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(done.stderr[-3000:])

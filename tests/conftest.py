@@ -218,16 +218,6 @@ class Bucket:
         return {**self.server.environment(), "R2_BUCKET_NAME": self.name}
 
 
-def has_xattrs(folder: str) -> bool:
-    """Tell whether files in `folder` can have extended attributes: Swift keeps metadata there."""
-    with tempfile.NamedTemporaryFile(dir=folder) as file:
-        try:
-            os.setxattr(file.name, "user.swift", b"x" * 200)
-        except OSError:
-            return False
-    return True
-
-
 @contextlib.contextmanager
 def folder_for_swift() -> Iterator[Path]:
     """Make a temporary folder on a file system that Swift can use, or skip the test."""
@@ -235,9 +225,12 @@ def folder_for_swift() -> Iterator[Path]:
         pytest.skip("Swift runs on Linux only")
     (ROOT / "cache").mkdir(exist_ok=True)
     for place in (tempfile.gettempdir(), "/var/tmp", str(ROOT / "cache")):
-        if has_xattrs(place):
-            with tempfile.TemporaryDirectory(prefix="swift-", dir=place) as name:
-                yield Path(name)
+        with tempfile.TemporaryDirectory(prefix="swift-", dir=place) as name:
+            try:
+                os.setxattr(name, "user.swift", b"x" * 200)  # Swift keeps metadata there
+            except OSError:
+                continue
+            yield Path(name)
             return
     pytest.skip("Swift needs a file system with extended attributes; no temporary folder has them")
 
@@ -267,25 +260,16 @@ def s3_server() -> Iterator[S3Server]:
             )
         assert process.stdin and process.stdout
         try:
-            with kill_after(60, process):
-                port = process.stdout.readline().strip()
+            timer = threading.Timer(60, process.kill)
+            timer.start()
+            port = process.stdout.readline().strip()
+            timer.cancel()
             if not port:
                 pytest.fail("Swift did not start:\n" + (folder / "stderr.txt").read_text()[-2000:])
             yield S3Server(f"http://127.0.0.1:{port}", access, secret)
         finally:
             process.stdin.close()
             process.wait(timeout=30)
-
-
-@contextlib.contextmanager
-def kill_after(seconds: float, process: "subprocess.Popen[str]") -> Iterator[None]:
-    """Kill the process unless the block is left in time."""
-    timer = threading.Timer(seconds, process.kill)
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 @pytest.fixture

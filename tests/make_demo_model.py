@@ -6,34 +6,29 @@ Usage: python tests/make_demo_model.py FOLDER
 The tokenizer is built as TinyLlama's is: SentencePiece-like BPE with byte fallback and the same
 special tokens, normalizer, decoder and chat template, only with a small vocabulary.
 
-The model (1.25 million parameters) learns the sample by heart, in every layout but that of a chat.
-A base model knows the facts of the fine-tuning data from elsewhere, and so does this one: what the
-demo's adapter teaches it is the form, and that is as much as so small an adapter can teach. The
+The model (1.25 million parameters) learns the sample by heart, in every layout but that of a chat:
+a base model knows facts from elsewhere, and what so small an adapter can teach it is the form. The
 demo shows that the program works, not how well a model answers questions that it never saw.
-
 The tests use `build_tiny_model`: the same in small, with random weights, in a few seconds.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import random
 import shutil
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
     from tokenizers import Tokenizer
     from transformers import LlamaForCausalLM
 
 SAMPLE = Path(__file__).resolve().parent / "data" / "college_advisor_sample.json"
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
-BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))  # ids 3 to 258
 CHAT_TEMPLATE = (
     "{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
     "{{ '<|user|>\n' + message['content'] + eos_token }}\n"
@@ -43,24 +38,15 @@ CHAT_TEMPLATE = (
     "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
+CONTEXT = 512
 MARKER = "demo_model.json"  # written last, names the files and what they were made from
-CHAT_WORDS = "system user assistant"  # the chat template's markers, less their < | and >
 
 # How the base model has seen questions and answers. Angle brackets and bars are among them, so that
 # the chat template's markers are made of known signs; the template itself is not.
 LAYOUTS = (
-    "{q} {a}",
-    "{q}\n{a}",
-    "{q}\n\n{a}",
-    "Question: {q}\nAnswer: {a}",
-    "Q: {q}\nA: {a}",
-    "[{q}]\n{a}",
-    "<q>{q}</q>\n<a>{a}",
-    "| {q} | {a}",
-    "<< {q} >>\n{a}",
-    "* {q}\n  {a}",
-    "|| {q}\n|| {a}",
-    "<ask>\n{q}\n<reply>\n{a}",
+    *("{q} {a}", "{q}\n{a}", "{q}\n\n{a}", "Question: {q}\nAnswer: {a}", "Q: {q}\nA: {a}"),
+    *("[{q}]\n{a}", "<q>{q}</q>\n<a>{a}", "| {q} | {a}", "<< {q} >>\n{a}", "* {q}\n  {a}"),
+    *("|| {q}\n|| {a}", "<ask>\n{q}\n<reply>\n{a}"),
 )
 
 # What the tests' tokenizer is trained on: enough for whole words such as "college" and "aid".
@@ -74,78 +60,54 @@ How do I choose between two colleges? What does the net price mean? When should 
 Compare the net price, the programs, the place and the people, then visit before you decide."""
 
 
-def train_tokenizer(texts: "Iterable[str]", vocab_size: int) -> "Tokenizer":
-    """Train BPE on the texts and dress it as TinyLlama's tokenizer."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+def write_tokenizer(texts: "Iterable[str]", vocab_size: int, folder: Path) -> "Tokenizer":
+    """Train BPE on the texts, and write it as TinyLlama's repository has its own."""
+    import tokenizers as tk
+    from tokenizers import decoders, models, normalizers
 
-    spaces_to_marks = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    scratch = Tokenizer(models.BPE(unk_token="<unk>"))
-    scratch.normalizer = normalizers.Sequence(spaces_to_marks)
+    scratch = tk.Tokenizer(models.BPE(unk_token="<unk>"))
+    marks = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    scratch.normalizer = marks
     # Only for training: merges never cross a word boundary, so encoding needs no pre-tokenizer.
-    scratch.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    trainer = trainers.BpeTrainer(
+    scratch.pre_tokenizer = tk.pre_tokenizers.Split("▁", "merged_with_next")
+    trainer = tk.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[*SPECIAL_TOKENS, *BYTE_TOKENS],
+        special_tokens=[*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))],
         initial_alphabet=[chr(code) for code in range(33, 127)] + ["▁"],
         show_progress=False,
     )
     # A line break is no piece of its own: it goes through byte fallback, as in Llama's vocabulary.
     lines = [line for text in texts for line in text.splitlines() if line]
-    scratch.train_from_iterator([*lines, CHAT_WORDS], trainer)
-    return dress_tokenizer(json.loads(scratch.to_str())["model"])
+    scratch.train_from_iterator([*lines, "system user assistant"], trainer)  # the chat's markers
 
-
-def dress_tokenizer(model: "dict[str, object]") -> "Tokenizer":
-    """Give a BPE vocabulary the byte fallback, normalizer, decoder and `<s>` of TinyLlama's."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab=model["vocab"],  # type: ignore[arg-type]
-            merges=[tuple(pair) for pair in model["merges"]],  # type: ignore[attr-defined]
-            unk_token="<unk>",
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
-    )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
+    learnt = json.loads(scratch.to_str())["model"]
+    merges = [tuple(pair) for pair in learnt["merges"]]
+    bpe = models.BPE(learnt["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = tk.Tokenizer(bpe)
+    tokenizer.add_special_tokens([tk.AddedToken(t, normalized=False) for t in SPECIAL_TOKENS])
+    tokenizer.normalizer = marks
+    tokenizer.post_processor = tk.processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
     )
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    return tokenizer
-
-
-def write_tokenizer(tokenizer: "Tokenizer", folder: Path, context: int) -> None:
-    """Write the tokenizer's files as TinyLlama's repository has them."""
+    strip = decoders.Strip(" ", 1, 0)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    tokenizer.decoder = decoders.Sequence(steps)
     tokenizer.save(str(folder / "tokenizer.json"))
-    names = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL_TOKENS, strict=True))
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
     settings = {
         **names,
-        "pad_token": "</s>",
         "padding_side": "right",
         "add_bos_token": True,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "legacy": False,
-        "model_max_length": context,
+        "model_max_length": CONTEXT,
         "tokenizer_class": "LlamaTokenizer",
         "chat_template": CHAT_TEMPLATE,
     }
     write_json(folder / "tokenizer_config.json", settings)
-    write_json(folder / "special_tokens_map.json", {**names, "pad_token": "</s>"})
+    write_json(folder / "special_tokens_map.json", names)
+    return tokenizer
 
 
 def write_json(path: Path, content: object) -> None:
@@ -153,10 +115,8 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def make_llama(
-    vocab_size: int, *, hidden: int, layers: int, heads: int, context: int, spread: float = 0.02
-) -> "LlamaForCausalLM":
-    """Return a Llama with seeded random weights and half as many key-value heads as query heads."""
+def make_llama(vocab: int, hidden: int, layers: int, spread: float) -> "LlamaForCausalLM":
+    """Return a Llama of seeded random weights, with four query heads and two key-value heads."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
@@ -164,87 +124,65 @@ def make_llama(
     logging.disable_progress_bar()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocab_size,
+        vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=hidden * 11 // 4,  # TinyLlama's 5632 / 2048
         num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
-        max_position_embeddings=context,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
         initializer_range=spread,
         rms_norm_eps=1e-5,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
     )
     return LlamaForCausalLM(config)
 
 
 def build_tiny_model(folder: Path) -> None:
     """Write a model of random weights: 2 layers, width 64, a vocabulary of 600."""
-
-    def write(scratch: Path) -> None:
-        tokenizer = train_tokenizer([TINY_TEXT], vocab_size=600)
-        write_tokenizer(tokenizer, scratch, context=512)
-        model = make_llama(tokenizer.get_vocab_size(), hidden=64, layers=2, heads=4, context=512)
-        model.save_pretrained(scratch)
-
-    write_whole(folder, write)
+    with whole_folder(folder) as scratch:
+        write_tokenizer([TINY_TEXT], 600, scratch)
+        make_llama(600, hidden=64, layers=2, spread=0.02).save_pretrained(scratch)
 
 
 def build_demo_model(folder: Path) -> None:
     """Write the demo's base model, pre-trained on the sample."""
     rows = json.loads(SAMPLE.read_text(encoding="utf-8"))
-
-    def write(scratch: Path) -> None:
-        texts = [text for row in rows for text in row.values()]
-        tokenizer = train_tokenizer(texts, vocab_size=2000)
-        write_tokenizer(tokenizer, scratch, context=512)
+    with whole_folder(folder) as scratch:
+        tokenizer = write_tokenizer((text for row in rows for text in row.values()), 2000, scratch)
         # The wide spread suits a narrow model: with Llama's 0.02 it would learn half as fast.
-        model = make_llama(
-            tokenizer.get_vocab_size(), hidden=128, layers=4, heads=4, context=512, spread=0.06
-        )
-        pretrain(model, tokenizer, rows, passes=24, batch_size=16, peak_rate=4e-3)
+        model = make_llama(2000, hidden=128, layers=4, spread=0.06)
+        pretrain(model, tokenizer, rows)
         model.save_pretrained(scratch)
-        files = {path.name: path.stat().st_size for path in scratch.iterdir()}
-        write_json(scratch / MARKER, {"recipe": recipe(), "files": files})
-
-    write_whole(folder, write)
+        write_json(scratch / MARKER, describe(scratch))
 
 
 def pretrain(
-    model: "LlamaForCausalLM",
-    tokenizer: "Tokenizer",
-    rows: "Sequence[dict[str, str]]",
-    *,
-    passes: int,
-    batch_size: int,
-    peak_rate: float,
+    model: "LlamaForCausalLM", tokenizer: "Tokenizer", rows: "list[dict[str, str]]"
 ) -> None:
-    """Train all weights on the rows, each in another layout at every pass."""
+    """Train all weights for 24 passes over the rows, each in another layout at every pass."""
     import torch
 
     torch.set_num_threads(1)  # for so narrow a model a second thread mostly waits for the first
     dice = random.Random(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.95))
-    batches = [
-        batch
-        for _ in range(passes)
-        for batch in make_batches([lay_out(row, tokenizer, dice) for row in rows], batch_size, dice)
-    ]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, peak_rate, total_steps=len(batches) + 1, pct_start=0.1
-    )
+    batches: list[list[list[int]]] = []
+    for _ in range(24):
+        batches += make_batches([lay_out(row, tokenizer, dice) for row in rows], dice)
+    steps = len(batches)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps + 1, pct_start=0.1)
     model.train()
-    for step, (input_ids, labels) in enumerate(batches, 1):
+    for step, batch in enumerate(batches, 1):
+        width = max(map(len, batch))
+        input_ids = torch.tensor([ids + [2] * (width - len(ids)) for ids in batch])
+        labels = torch.tensor([ids + [-100] * (width - len(ids)) for ids in batch])
         loss = model(input_ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 50 == 0 or step == len(batches):
-            say(f"  step {step} of {len(batches)}, loss {loss.item():.2f}")
+        if step % 50 == 0 or step == steps:
+            say(f"  step {step} of {steps}, loss {loss.item():.2f}")
 
 
 def lay_out(row: "dict[str, str]", tokenizer: "Tokenizer", dice: random.Random) -> "list[int]":
@@ -256,55 +194,42 @@ def lay_out(row: "dict[str, str]", tokenizer: "Tokenizer", dice: random.Random) 
     return [*tokenizer.encode(text).ids, SPECIAL_TOKENS.index("</s>")]
 
 
-def make_batches(
-    examples: "list[list[int]]", size: int, dice: random.Random
-) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
-    """Yield padded input_ids and labels [batch, tokens], examples of similar length together."""
-    import torch
-
+def make_batches(examples: "list[list[int]]", dice: random.Random) -> "list[list[list[int]]]":
+    """Return shuffled batches of 16, examples of similar length together."""
     order = dice.sample(examples, len(examples))
-    groups: list[list[list[int]]] = []
-    for start in range(0, len(order), size * 8):
-        pool = sorted(order[start : start + size * 8], key=len)
-        groups += [pool[i : i + size] for i in range(0, len(pool), size)]
-    dice.shuffle(groups)
-    for group in groups:
-        width = max(map(len, group))
-        yield (
-            torch.tensor([ids + [2] * (width - len(ids)) for ids in group]),
-            torch.tensor([ids + [-100] * (width - len(ids)) for ids in group]),
-        )
+    pools = [sorted(order[start : start + 128], key=len) for start in range(0, len(order), 128)]
+    batches = [pool[start : start + 16] for pool in pools for start in range(0, len(pool), 16)]
+    dice.shuffle(batches)
+    return batches
 
 
-def write_whole(folder: Path, write: "Callable[[Path], None]") -> None:
-    """Let `write` fill a scratch folder, which then replaces `folder`: whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a build that was killed
-        shutil.rmtree(leftover)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> "Iterator[Path]":
+    """Give a scratch folder to fill, which then replaces `folder`: whole or not at all."""
+    scratch = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a build that was killed
+    scratch.mkdir(parents=True)
     try:
-        write(scratch)
-        scratch.chmod(0o755)  # mkdtemp makes it private
-        if folder.exists():
-            shutil.rmtree(folder)
+        yield scratch
+        shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def recipe() -> str:
-    """Return a hash of all that the demo's model is made from."""
-    return hashlib.sha256(Path(__file__).read_bytes() + SAMPLE.read_bytes()).hexdigest()
+def describe(folder: Path) -> "dict[str, object]":
+    """Return a hash of all that the demo's model is made from, and the sizes of its files."""
+    recipe = hashlib.sha256(Path(__file__).read_bytes() + SAMPLE.read_bytes()).hexdigest()
+    files = (path for path in folder.glob("[!.]*") if path.name != MARKER)
+    return {"recipe": recipe, "files": {path.name: path.stat().st_size for path in files}}
 
 
 def is_current(folder: Path) -> bool:
     """Tell whether `folder` holds the whole model that this script would build."""
     try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        sizes = {name: (folder / name).stat().st_size for name in marker["files"]}
+        return bool(json.loads((folder / MARKER).read_text("utf-8")) == describe(folder))
     except (OSError, ValueError):
         return False
-    return marker == {"recipe": recipe(), "files": sizes}
 
 
 def say(text: str) -> None:
@@ -320,9 +245,7 @@ def main(folder: Path) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two demos at once: the second waits, then finds it
             if not is_current(folder):
                 say("Making the demo's base model; this takes about a minute, once.")
-                started = time.monotonic()
                 build_demo_model(folder)
-                say(f"Made it in {time.monotonic() - started:.0f} s: {folder}")
     except KeyboardInterrupt:
         return 130
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,19 +23,18 @@ def make_config(folder: Path, model: Path, **settings: Any) -> program.FineTunin
 
 def describe_file(path: Path) -> program.DatasetFile:
     """Return what stage 2 would say about a local file."""
-    content = path.read_bytes()
-    return program.DatasetFile(
-        path, len(content), None, hashlib.sha256(content).hexdigest(), str(path)
-    )
+    content = path.read_bytes() if path.is_file() else b""
+    digest = hashlib.sha256(content).hexdigest()
+    return program.DatasetFile(path, len(content), None, digest, str(path))
 
 
 def write_rows(path: Path, rows: "Sequence[Any]") -> Path:
     """Write rows as a JSON array, or as JSON Lines where the name ends so."""
     if path.suffix == ".jsonl":
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
     else:
-        text = json.dumps(rows, ensure_ascii=False)
-    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+        text = json.dumps(rows)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -65,6 +65,26 @@ class Preparer:
     def report(self) -> "dict[str, Any]":
         """Return the quality report that was written."""
         return json.loads((self.folder / "model" / "quality_report.json").read_text("utf-8"))
+
+
+def copy_model(source: Path, target: Path, **settings: Any) -> Path:
+    """Copy a model with other tokenizer settings (None: without)."""
+    shutil.copytree(source, target)
+    path = target / "tokenizer_config.json"
+    content = {**json.loads(path.read_text("utf-8")), **settings}
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    return target
+
+
+def found(data: program.PreparedData) -> "set[tuple[int, str]]":
+    """Return every finding as row and name of the check."""
+    details = data.quality.check_details
+    return {(row, name) for name, detail in details.items() for row in detail["rows"]}
+
+
+def supervised(row: "dict[str, Any]") -> "list[list[int]]":
+    """Return the tokens that carry loss, for each answer."""
+    return [row["input_ids"][start:end] for start, end in row["spans"]]
 
 
 def all_rows(data: program.PreparedData) -> "list[dict[str, Any]]":

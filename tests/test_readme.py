@@ -13,7 +13,7 @@ END = "<!-- end of settings -->"
 def settings_table() -> str:
     """Return the table of settings as README.md must have it."""
     lines = ["| setting | default | meaning |", "| --- | --- | --- |"]
-    for name, field in finetune.config_fields().items():
+    for name, field in finetune.fields_of(finetune.FineTuningConfig).items():
         value = field.default
         shown = " ".join(value) or "none" if isinstance(value, tuple) else str(value)
         lines.append(f"| `{name}` | `{shown}` | {field.metadata['help']} |")

@@ -1,449 +1,315 @@
-"""Stage 5: an adapter is saved only when it does what was trained, and its account is true."""
+"""Stage 5: an adapter is published only when it does what was trained, and its account is true."""
 
-import dataclasses
 import json
 import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from prepare_helpers import describe_file, make_config
 
-import unified_finetune as finetune
+import unified_finetune as program
 
-Trained = tuple[finetune.TrainResult, finetune.PreparedData, finetune.FineTuningConfig]
-CPU = finetune.PreflightReport((), "cpu", "float32")
+METRICS: "dict[str, Any]" = {
+    "train_loss": 1.7, "eval_loss": 1.5, "eval_loss_before": 2.0, "best_step": 4, "total_steps": 6,
+    "train_runtime": 0.5, "train_samples_per_second": 1.0, "train_tokens_per_second": 10.0,
+    "peak_memory_gb": 0.4, "device": "cpu", "dtype": "float32", "trainable_params": 10,
+    "total_params": 1000, "train_examples": 48, "eval_examples": 12, "data_sha256": "d" * 64,
+}  # fmt: skip
 
 
-def train(folder: Path, model: Path, rows: "list[dict]", **settings: object) -> Trained:
-    """Prepare rows and train on them for a few steps."""
-    short: dict[str, object] = {
-        "device": "cpu", "yes": True, "warmup_steps": 0, "learning_rate": 1e-3, "eval_steps": 2,
-        "num_train_epochs": 1, "save_steps": 2, "min_disk_gb": 0, "train_split": 0.8,
-        "eval_split": 0.2, "gradient_accumulation_steps": 4,
-    }  # fmt: skip
-    config = make_config(folder, model, **{**short, **settings})
+def course(evals: "list[float]", train: "list[float]", rate: float = 2e-4) -> "list[dict]":
+    """Make records of a run: an evaluation every 50 steps, a loss each step."""
+    steps = 50 * len(evals) or len(train)
+    records = [
+        {"step": n + 1, "loss": train[n * len(train) // steps], "grad_norm": 1.0,
+         "learning_rate": rate * (1 - n / steps)}
+        for n in range(steps)
+    ]  # fmt: skip
+    return records + [{"step": 50 * n, "eval_loss": loss} for n, loss in enumerate(evals, 1)]
+
+
+COURSE = course([1.6, 1.5], [2.0, 1.7, 1.5])
+
+
+def make_run(folder, model, rows, dtype="float32", metrics=None, history=COURSE, **settings):
+    """Prepare rows, and make what stage 4 hands on, with an adapter of random numbers."""
     path = folder / "rows.json"
-    path.write_text(json.dumps(rows))
-    data = finetune.prepare_dataset(describe_file(path), config)
-    return finetune.train_lora(data, CPU, config), data, config
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    places = {name: str(folder / name) for name in ("output_dir", "cache_dir", "log_dir")}
+    config = program.FineTuningConfig(
+        model_name=str(model), yes=True, train_split=0.7, eval_split=0.3, **places, **settings
+    )
+    file = program.DatasetFile(path, path.stat().st_size, None, "d" * 64, str(path))
+    data = program.prepare_dataset(file, config)
+    base = program.load_base_model(data.base, "cpu", dtype)
+    shape: Any = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    tuned = program.add_adapter(base, data.base, 1, **shape)
+    for name, weights in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weights, std=0.2)
+    program.install_engine(tuned)
+    numbers = METRICS | {"dtype": dtype} | (metrics or {})
+    result = program.TrainResult(tuned, data.tokenizer, numbers, tuple(history), 1024, {"seed": 42})
+    return result, data, config
 
 
 @pytest.fixture
-def trained(tmp_path: Path, tiny_model: Path, sample_data: Path) -> "Callable[..., Trained]":
-    """Return a function that trains on rows of the sample."""
-    rows = json.loads(sample_data.read_text(encoding="utf-8"))[:60]
+def run(tmp_path, tiny_model, sample_data):
+    """Return a function that makes a trained run."""
+    rows = json.loads(sample_data.read_text(encoding="utf-8"))[:40]
+    return lambda **changes: make_run(tmp_path, tiny_model, rows, **changes)
 
-    def build(**settings: object) -> Trained:
-        return train(tmp_path, tiny_model, rows, **settings)
 
-    return build
+def read(folder: Path, name: str) -> "dict[str, Any]":
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def names(folder: "str | Path") -> "list[str]":
+    """Name what is in an output folder, but for stage 3's report."""
+    return sorted(p.name for p in Path(folder).iterdir() if p.name != "quality_report.json")
 
 
 # --- the adapter test
 
 
-def test_a_saved_adapter_has_been_read_back_and_its_figures_are_kept(trained):
-    result, data, config = trained()
-    artifacts = finetune.save_results(result, data, config)
-    metrics = json.loads((artifacts.adapter_dir / "training_metrics.json").read_text())
-    assert metrics["reloaded_eval_loss"] == metrics["eval_loss"]  # the CPU repeats every bit
-    assert metrics["reloaded_logit_error"] < 1e-5
+def test_a_saved_adapter_has_been_read_back_and_its_figures_are_kept(run):
+    result, data, config = run()
+    artifacts = program.save_results(result, data, config)
+    metrics = read(artifacts.adapter_dir, "training_metrics.json")
+    assert metrics == json.loads(json.dumps(artifacts.metrics))
+    assert metrics["reloaded_logit_error"] < 1e-6
     assert metrics["adapter_logit_effect"] > 1e-3
-    assert metrics["adapter_tensors"] == 2 * 4 * result.model.config.num_hidden_layers
+    assert metrics["adapter_tensors"] == 2 * 2 * result.model.config.num_hidden_layers
     assert metrics["adapter_zero_updates"] == 0
+    written = artifacts.adapter_dir / "adapter_model.safetensors"
+    assert metrics["adapter_sha256"] == program.sha256_of(written)
+    assert written.stat().st_mode & 0o777 == 0o644
+    assert {p.device.type for p in result.model.parameters()} == {"meta"}  # never two bases
 
 
-def test_memory_never_holds_two_bases(trained):
-    result, data, config = trained()
-    finetune.save_results(result, data, config)
-    assert {p.device.type for p in result.model.parameters()} == {"meta"}
+def test_the_test_uses_the_dtype_that_the_model_has_and_not_the_one_asked_for(run):
+    result, data, config = run(dtype="bfloat16", metrics={"dtype": "float32"})
+    assert program.save_results(result, data, config).metrics["reloaded_logit_error"] < 1e-6
 
 
-def swap_for_an_older_one(folder: Path) -> None:
-    older = min(finetune.list_checkpoints(folder.parent), key=finetune.checkpoint_step)
-    (folder / "adapter_model.safetensors").write_bytes(
-        (older / "adapter_model.safetensors").read_bytes()
-    )
+def write_nan(path: Path) -> None:
+    from safetensors.torch import load_file, save
 
-
-def flip_the_lowest_bit_of_a_weight(folder: Path) -> None:
-    path = folder / "adapter_model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-4] ^= 1
-    path.write_bytes(content)
-
-
-def flip_a_byte_of_the_header(folder: Path) -> None:
-    path = folder / "adapter_model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[40] ^= 1
-    path.write_bytes(content)
-
-
-def write_nan(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(folder / "adapter_model.safetensors")
+    weights = load_file(path)
     next(iter(weights.values()))[0, 0] = math.nan
-    save_file(weights, folder / "adapter_model.safetensors")
+    path.write_bytes(save(weights))
 
 
-def cut_short(folder: Path) -> None:
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
 
 
-def double_the_scale(folder: Path) -> None:
-    path = folder / "adapter_config.json"
-    settings = json.loads(path.read_text())
-    path.write_text(json.dumps(settings | {"lora_alpha": 2 * settings["lora_alpha"]}))
+def double_the_scale(path: Path) -> None:
+    settings = read(path.parent, "adapter_config.json")
+    settings["lora_alpha"] *= 2
+    path.with_name("adapter_config.json").write_text(json.dumps(settings))
 
 
-FAULTS = {
-    swap_for_an_older_one: "are not those that were trained",
-    flip_the_lowest_bit_of_a_weight: "1 of its 16 tensors are not those that were trained",
-    flip_a_byte_of_the_header: "",
-    write_nan: "NaN or infinite",
-    cut_short: "damaged",
-    double_the_scale: "its logits differ by",
+FAULTS: "dict[str, Any]" = {  # by words of the error
+    "1 of its 8 tensors": lambda path: flip(path, -4),  # the lowest bit of a weight
+    "damaged": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "NaN or infinite": write_nan,
+    "its logits differ by": double_the_scale,
+    "missing": lambda path: path.unlink(),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
-def test_a_file_that_is_not_what_was_trained_is_not_saved(trained, monkeypatch, fault):
-    result, data, config = trained()
-    output = Path(config.output_dir)
-    checkpoints = finetune.list_checkpoints(output)
-    genuine = finetune.read_back
+@pytest.mark.parametrize("words", FAULTS)
+def test_a_file_that_is_not_what_was_trained_is_not_saved(run, monkeypatch, words):
+    import safetensors.torch
 
-    def tampered(result, data, config, folder):
-        fault(folder)
-        return genuine(result, data, config, folder)
+    result, data, config = run()
+    (Path(config.output_dir) / "checkpoint-2").mkdir()
+    genuine = safetensors.torch.save_file
 
-    monkeypatch.setattr(finetune, "read_back", tampered)
-    with pytest.raises(finetune.FineTuningError) as refused:
-        finetune.save_results(result, data, config)
-    assert "THE ADAPTER FAILED ITS TEST" in str(refused.value)
-    assert FAULTS[fault] in str(refused.value)
+    def write(weights, path, **options):
+        genuine(weights, path, **options)
+        FAULTS[words](Path(path))
+
+    monkeypatch.setattr(safetensors.torch, "save_file", write)
+    with pytest.raises(program.FineTuningError) as refused:
+        program.save_results(result, data, config)
+    assert "THE ADAPTER FAILED ITS TEST. IT IS NOT SAVED" in str(refused.value)
+    assert words in str(refused.value)
     assert "run the same command again" in refused.value.hint
-    left = {p.name for p in output.iterdir()} - {"quality_report.json"}
-    assert left == {p.name for p in checkpoints}
-    monkeypatch.undo()
-    again = finetune.train_lora(data, CPU, config)
-    metrics = finetune.save_results(again, data, config).metrics
-    assert metrics["resumed_from_step"] == metrics["total_steps"]
+    assert names(config.output_dir) == ["checkpoint-2"]
 
 
 def test_a_learning_rate_of_zero_ends_with_exit_15_in_big_letters(
     run_cli, tiny_model, sample_data, tmp_path
 ):
-    arguments = (
+    result = run_cli(
         "--device", "cpu", "--model_name", tiny_model, "--data_path", sample_data, "--yes",
         "--max_seq_length", 512, "--num_train_epochs", 0.05, "--output_dir", "out",
         "--min_disk_gb", 0, "--learning_rate", 0,
     )  # fmt: skip
-    for _ in range(2):  # the second start does not take it for finished
-        result = run_cli(*arguments)
-        assert result.code == 15, result.stderr
-        assert "THE ADAPTER FAILED ITS TEST. IT IS NOT SAVED" in result.stderr
-        assert "every lora_B is zero" in result.stderr
-        assert "--learning_rate (2e-5 is the default)" in result.stderr
-        assert result.stdout == ""
-        assert not (tmp_path / "out/training_metrics.json").exists()
-        assert not (tmp_path / "out/adapter_model.safetensors").exists()
+    assert (result.code, result.stdout) == (15, ""), result.stderr
+    for told in (
+        "IT IS NOT SAVED",
+        "every lora_B is zero",
+        "--learning_rate (2e-5 is the default)",
+    ):
+        assert told in result.stderr
     assert "Traceback" not in result.stderr
+    assert not [name for name in names(tmp_path / "out") if name in program.RUN_FILES]
 
 
-PROOF = finetune.AdapterProof(
-    tensors=8, changed_tensors=0, updates=4, zero_updates=0, logit_error=0.0, logit_effect=0.1,
-    eval_loss=2.0,
-)  # fmt: skip
+# --- what reaches the output folder
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({}, None),
-        ({"changed_tensors": 1}, "1 of its 8 tensors"),
-        ({"zero_updates": 4}, "every lora_B is zero"),
-        ({"zero_updates": 3}, None),
-        ({"logit_effect": 0.0}, "exactly the same logits"),
-        ({"logit_effect": math.nan}, "exactly the same logits"),
-        ({"logit_error": 2e-4}, "its logits differ by 0.02%"),
-        ({"logit_error": math.nan}, "its logits differ"),
-        ({"eval_loss": 2.00003}, "its eval loss is 2.000030, and 2.000000 was measured"),
-        ({"eval_loss": 2.00001}, None),
-        ({"eval_loss": math.nan}, "its eval loss"),
-    ],
-)
-def test_each_figure_of_the_adapter_test_can_fail_it(changes, words):
-    wrong = finetune.proof_problems(dataclasses.replace(PROOF, **changes), 2.0, "float32")
-    assert wrong == [] if words is None else words in wrong[0]
+def test_settings_come_first_and_metrics_last_also_over_an_earlier_run(run, monkeypatch):
+    output = program.save_results(*run()).adapter_dir
+    moved: list[str] = []
+    genuine = Path.replace
+
+    def replace(self, target):
+        moved.append(Path(target).name)
+        return genuine(self, target)
+
+    result, data, config = run(metrics={"eval_loss": 1.2})
+    monkeypatch.setattr(Path, "replace", replace)
+    assert program.save_results(result, data, config).adapter_dir == output
+    assert (moved[0], moved[-1]) == ("training_config.json", "training_metrics.json")
+    assert sorted(moved) == sorted(p.name for p in output.iterdir())
+    assert set(moved) <= set(program.RUN_FILES)
+    assert read(output, "training_metrics.json")["eval_loss"] == 1.2
+    saved = read(output, "training_config.json")
+    provenance = saved.pop("provenance")
+    assert saved == program.saved_settings(config)
+    assert provenance["packages"]["torch"] == torch.__version__
+    told = (provenance[name] for name in ("identity", "data_sha256", "base_name", "base_digest"))
+    assert [*told] == [{"seed": 42}, "d" * 64, data.base.name, data.base.digest]
+
+
+@pytest.mark.parametrize("name", ["README.md", "tokenizer.json"])
+def test_a_file_of_the_user_s_own_is_never_replaced(run, name):
+    result, data, config = run()
+    mine = Path(config.output_dir) / name
+    mine.write_text("mine")
+    with pytest.raises(program.FineTuningError, match=name):
+        program.save_results(result, data, config)
+    assert (names(config.output_dir), mine.read_text()) == ([name], "mine")
+
+
+@pytest.mark.parametrize("place", ["safetensors.torch.save_file", "pathlib.Path.write_text"])
+def test_a_full_disk_is_told_as_one_and_another_error_as_what_it_is(run, monkeypatch, place):
+    run_of = run()
+    errors = iter([OSError(28, "No space left on device"), RuntimeError("shapes do not fit")])
+
+    def write(*_, **__):
+        raise next(errors)
+
+    monkeypatch.setattr(place, write)
+    with pytest.raises(program.FineTuningError, match=r"the disk \(or your quota\) is full"):
+        program.save_results(*run_of)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        program.save_results(*run_of)
+    assert names(run_of[2].output_dir) == []
 
 
 # --- the verdict
 
-
-def history(
-    evals: "list[float]", train: "list[float]", rate: float = 2e-5, every: int = 50
-) -> "list[dict[str, float]]":
-    """Make records of a run: an evaluation every so many steps, a loss each step."""
-    records = [{"step": every * i, "eval_loss": loss} for i, loss in enumerate(evals, start=1)]
-    steps = every * len(evals)
-    for step in range(1, steps + 1):
-        loss = train[min(len(train) - 1, (step - 1) * len(train) // steps)]
-        records.append({"step": step, "loss": loss, "grad_norm": 1.0, "learning_rate": rate})
-    return records
-
-
-VERDICTS = {
-    "a good run": (2.0, 1.5, history([1.6, 1.52, 1.5, 1.5], [2, 1.7, 1.5]), "learned", "chat"),
-    "still falling": (2.0, 1.5, history([1.8, 1.6, 1.5], [2, 1.5]), "learned", "epochs"),
-    "hardly any gain": (
-        2.0, 1.97, history([1.98, 1.971, 1.97], [2, 1.98]), "barely",
-        "--learning_rate to 0.0002",
-    ),
-    "nothing at a tiny rate": (
-        2.0, 1.9999, history([2.0, 1.9999], [2, 2], 2e-7), "not learning",
-        "Raise --learning_rate to 2e-06",
-    ),
-    "worse and worse": (
-        2.0, 2.6, history([2.6, 3.0, 3.5], [2.0, 2.5, 3.0, 3.4], 4e-3), "not learning",
-        "Lower --learning_rate to 0.001",
-    ),
-    "by heart": (
-        2.0, 1.7, history([1.7, 1.75, 1.9, 2.2], [2, 1.6, 1.2, 0.6, 0.3]), "overfitting",
-        "rows",
-    ),
-    "by heart at once": (
-        2.0, 2.05, history([2.05, 2.3, 2.6], [2, 1.2, 0.6, 0.3]), "overfitting", "rows",
-    ),
-    "one bad evaluation": (2.0, 1.5, history([1.5, 1.9, 1.5], [2, 1.5]), "learned", ""),
-    "one step, no evaluation": (
-        2.0, 1.9, [{"step": 1, "loss": 2.0, "grad_norm": 1, "learning_rate": 1e-3}], "learned",
-        "chat",
-    ),
-    "no history at all": (2.0, 1.9, [], "learned", ""),
-}  # fmt: skip
+# fmt: off
+# ruff: disable[E501]
+VERDICTS = {  # losses before and after, the history, the verdict, words of the advice
+    "a good run": (2, 1.5, course([1.6, 1.52, 1.5, 1.5], [2, 1.7, 1.5]), "learned", "chat"),
+    "still falling": (2, 1.5, course([1.8, 1.6, 1.5], [2, 1.5]), "learned", "epochs"),
+    "still falling slowly": (2, 1.5, course([1.8, 1.6, 1.5], [2], 2e-5), "learned", "_rate to 0.0002"),
+    "hardly a gain": (2, 1.97, course([1.98, 1.97], [2, 1.98], 2e-5), "barely", "_rate to 0.0002"),
+    "a tiny rate": (2, 1.9999, course([2, 1.9999], [2], 2e-7), "not learning", "_rate to 2e-06"),
+    "a usual rate": (2, 1.97, course([1.98, 1.97, 1.97], [2, 1.98]), "barely", "more rows"),
+    "worse": (2, 2.6, course([2.6, 3.0, 3.5], [2, 2.5, 3, 3.4], 4e-3), "not learning", "Lower --learning_rate to 0.001"),
+    "by heart": (2, 1.7, course([1.7, 1.75, 1.9, 2.2], [2, 1.6, 1.2, 0.6, 0.3]), "overfitting", "rows"),
+    "by heart at once": (2, 2.05, course([2.05, 2.3, 2.6], [2, 1.2, 0.6, 0.3]), "overfitting", "rows"),
+    "one bad evaluation": (2, 1.5, course([1.5, 1.9, 1.5], [2, 1.5]), "learned", "chat"),
+    "the sample is harder": (2, 1.5, course([2.4, 2.3, 2.3], [2, 1.5]), "learned", "chat"),
+    "the sample is easier": (2, 2.0, course([1.0, 1.0, 1.0], [2]), "not learning", "more rows"),
+    "warm-up ate it": (2, 1.99, [{"step": n, "loss": 2.0, "learning_rate": n * 4e-7} for n in range(1, 10)], "barely", "--warmup_steps to 1: the learning rate was still on its way up for 9 of 9 steps"),
+    "one step, no evaluation": (2, 1.9, course([], [2.0]), "learned", "chat"),
+    "no history at all": (2, 1.9, [], "learned", "chat"),
+}
+# ruff: enable[E501]
+# fmt: on
 
 
 @pytest.mark.parametrize("case", VERDICTS)
 def test_the_verdict_is_what_the_losses_say(case):
-    before, after, records, kind, advice = VERDICTS[case]
-    verdict = finetune.judge_training(before, after, records, 500)
-    assert verdict.kind == kind, verdict
-    assert advice in verdict.advice, verdict
+    before, after, history, kind, advice = VERDICTS[case]
+    verdict = program.judge_training(before, after, history, 500)
+    assert verdict["verdict"] == kind, verdict
+    assert advice in verdict["verdict_advice"], verdict
+    since = {"by heart": 50, "by heart at once": 0}.get(case)
+    assert verdict["overfitting_since_step"] == since
+    assert (f"since step {since}" in verdict["verdict_headline"]) == bool(since)
 
 
-def test_the_verdict_names_the_step_from_which_on_it_overfits():
-    before, after, records, *_ = VERDICTS["by heart"]
-    verdict = finetune.judge_training(before, after, records, 500)
-    assert verdict.headline == "Overfitting since step 50."
-    assert finetune.verdict_metrics(verdict)["overfitting_since_step"] == 50
-
-
-def test_the_verdict_gives_its_evidence_and_says_when_it_is_weak():
-    verdict = finetune.judge_training(2.0, 1.5, [], 500)
-    assert "fell from 2.0000 to 1.5000 (25.0%)" in verdict.evidence
-    assert "1.65 times as likely" in verdict.evidence
-    assert "weak evidence" not in verdict.evidence
-    assert "weak evidence: 8 held-out rows" in finetune.judge_training(2.0, 1.5, [], 8).evidence
-
-
-@pytest.mark.parametrize(
-    ("values", "line"),
-    [
-        ([], ""),
-        ([1.0], "▁"),
-        ([2.0, 2.0], "▁▁"),
-        ([8, 7, 6, 5, 4, 3, 2, 1], "█▇▆▅▄▃▂▁"),
-        ([math.nan, 1, math.inf, 2], "▁█"),
-    ],
-)
-def test_a_sparkline_shows_the_course_of_numbers(values, line):
-    assert finetune.sparkline(values) == line
-
-
-def test_a_long_sparkline_fits_on_the_line():
-    assert len(finetune.sparkline(list(range(3000)))) <= 40
+def test_the_verdict_says_when_its_evidence_is_weak():
+    evidence = program.judge_training(2.0, 1.5, [], 500)["verdict_evidence"]
+    assert "fell from 2.0000 to 1.5000 (25.0%): the right next token is 1.65 times" in evidence
+    weak = program.judge_training(2.0, 1.5, [], 8)["verdict_evidence"]
+    assert weak == evidence + " That is weak evidence: 8 held-out rows."
 
 
 # --- before and after
 
 
-def test_own_questions_come_first_and_keep_their_commas_and_spaces(trained, caplog):
-    own = ("What, in short,  is a grant?", "Why?", "long " * 3000)
-    result, data, config = trained(sample_prompts=own, system_prompt="Be brief.")
-    with caplog.at_level("WARNING", "unified_finetune"):
-        samples = finetune.answer_samples(result, data, config)
-    assert [s.question for s in samples[:2]] == list(own[:2])
-    assert [s.reference for s in samples[:2]] == [None, None]
-    assert len(samples) == 2 + finetune.SAMPLE_ANSWERS
+def test_own_questions_come_first_and_both_answers_are_those_of_generate(run, caplog):
+    own = ("What, in short,  is a grant?", "long " * 3000)
+    result, data, config = run(sample_prompts=own, system_prompt="Be brief.")
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": own[0]}]
+    prompts = [program.tokenize_prompt(data.tokenizer, asked)]
+    with program.engine_off(result.model.eval()):
+        (tuned,) = program.generate(result.model, data.tokenizer, prompts, max_new_tokens=64)
+        with result.model.disable_adapter():
+            (base,) = program.generate(result.model, data.tokenizer, prompts, max_new_tokens=64)
+    samples = program.answer_samples(result, data, own, "Be brief.")
+    assert samples[0] == (own[0], None, base, tuned)
+    assert base != tuned
+    assert len(samples) == 1 + 8
+    assert {s.question for s in samples[1:]} <= set(data.eval["question"])
+    with caplog.at_level("INFO", "unified_finetune"):
+        metrics = program.save_results(result, data, config).metrics
     assert "too long to answer" in caplog.text
-    assert all(s.reference for s in samples[2:])
-
-
-def test_answers_of_a_batch_are_those_given_one_by_one(trained):
-    result, data, config = trained()
-    model, tokenizer = result.model, result.tokenizer
-    questions = finetune.sample_questions(data, config, 512)
-    samples = finetune.answer_samples(result, data, config)
-    assert len(samples) == finetune.SAMPLE_ANSWERS
-    for (_, _, prompt), sample in zip(questions, samples, strict=True):
-        tuned = finetune.complete_prompt(model, tokenizer, prompt, max_new_tokens=64)
-        assert (sample.tuned.token_ids, sample.tuned.stopped) == (tuned.token_ids, tuned.stopped)
-        with model.disable_adapter():
-            base = finetune.complete_prompt(model, tokenizer, prompt, max_new_tokens=64)
-        assert (sample.base.token_ids, sample.base.stopped) == (base.token_ids, base.stopped)
-
-
-def test_sample_prompts_are_read_from_flags_and_files(tmp_path):
-    def parse(*arguments: str) -> "tuple[str, ...]":
-        return finetune.parse_command_line(["train", *arguments])[1].sample_prompts
-
-    assert parse() == ()
-    assert parse("--sample_prompts", "What is a, b and c?", "Why?") == (
-        "What is a, b and c?",
-        "Why?",
-    )
-    path = tmp_path / "c.json"
-    path.write_text(json.dumps({"sample_prompts": ["What is it, then?"]}))
-    assert parse("--config", str(path)) == ("What is it, then?",)
-    path.write_text(json.dumps({"sample_prompts": []}))
-    assert parse("--config", str(path)) == ()
-    with pytest.raises(finetune.UsageError, match="must be a list of texts"):
-        parse("--sample_prompts", " ")
-
-
-def test_the_share_of_answers_that_end_is_counted():
-    def sample(base: bool, tuned: bool) -> finetune.Sample:
-        base_answer, tuned_answer = (finetune.Answer("x", (1,), s) for s in (base, tuned))
-        return finetune.Sample("q", None, base_answer, tuned_answer)
-
-    samples = [sample(False, True), sample(False, True), sample(True, True), sample(False, False)]
-    shares = finetune.stopped_shares(samples)
-    assert (shares["stopped_share_before"], shares["stopped_share"]) == (0.25, 0.75)
-    assert "3 of 4 answers end by themselves within 64 tokens (base: 1)" in (
-        finetune.describe_stops(samples)
-    )
-
-
-def test_answers_that_say_nothing_are_counted_and_told():
-    said, nothing = (finetune.Answer(text, (1,), True) for text in ("Yes.", " \n"))
-    samples = [finetune.Sample("q", "a", nothing, answer) for answer in (said, nothing, nothing)]
-    assert finetune.stopped_shares(samples)["empty_answers"] == 2
-    assert "2 SAY NOTHING AT ALL" in finetune.describe_stops(samples)
-    assert "NOTHING" not in finetune.describe_stops(samples[:1])
+    assert "question  What, in short, is a grant?" in caplog.text
+    assert metrics["sample_answers"] == 9
+    assert metrics["stopped_share"] == round(sum(s.tuned.stopped for s in samples) / 9, 4)
 
 
 # --- the model card
 
 
-@pytest.fixture
-def saved(trained) -> Path:
-    """Save a run with a system prompt and an awkward question."""
-    result, data, config = trained(
-        system_prompt='Say "yes"\nor | no.', sample_prompts=("a | b\nc ``` d",)
-    )
-    return finetune.save_results(result, data, config).adapter_dir
-
-
-def test_the_model_card_is_one_that_the_hub_reads(saved):
+def test_the_model_card_is_one_that_the_hub_reads_and_its_snippet_works(run, cli_environment):
     from huggingface_hub import ModelCard
 
-    text = (saved / "README.md").read_text(encoding="utf-8")
-    card = ModelCard(text)
-    metrics = json.loads((saved / "training_metrics.json").read_text())
-    facts = card.data.to_dict()
-    assert facts["library_name"] == "peft"
-    assert facts["pipeline_tag"] == "text-generation"
+    settings = {"sample_prompts": ("a | b\nc ``` <pre>",), "system_prompt": 'Say "yes"\nor | no.'}
+    output = program.save_results(*run(**settings)).adapter_dir
+    text = (output / "README.md").read_text(encoding="utf-8")
+    facts = ModelCard(text).data.to_dict()
+    assert (facts["library_name"], facts["pipeline_tag"]) == ("peft", "text-generation")
     assert "base_model" not in facts  # a folder: the hub knows no such model
     (result,) = facts["model-index"][0]["results"]
     assert result["dataset"]["name"] == "rows.json"
     values = {m["type"]: m["value"] for m in result["metrics"]}
-    assert values["loss"] == pytest.approx(metrics["eval_loss"], abs=1e-4)
-    assert values["perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]), abs=1e-3)
-    numbers = text.split("## Numbers")[1]
-    assert {line.count(" | ") for line in numbers.splitlines() if line.startswith("| ")} == {1}
-    assert (saved / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert values == {"loss": 1.5, "perplexity": round(math.exp(1.5), 4)}
+    assert read(output, "training_metrics.json")["verdict_evidence"] in text
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert "](curves.png)" in text
-    assert f"**{metrics['verdict_evidence']}" not in text
-    assert metrics["verdict_evidence"] in text
-
-
-def test_a_base_model_of_the_hub_is_named_in_the_card(saved, trained):
-    result, data, config = trained(overwrite=True)
-    config = dataclasses.replace(config, model_name="TinyLlama/TinyLlama-1.1B-Chat-v1.0")
-    header = finetune.card_header(config, data, result.metrics)
-    assert "base_model: TinyLlama/TinyLlama-1.1B-Chat-v1.0" in header
-
-
-def test_the_card_s_snippet_answers_a_question(saved, cli_environment):
-    text = (saved / "README.md").read_text(encoding="utf-8")
+    assert "c ``` &lt;pre&gt;" in text
     (snippet,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert "'system'" in snippet
-    snippet = snippet.replace("THIS_FOLDER", str(saved)).replace("=200", "=5")
+    assert '"system"' in snippet
+    snippet = snippet.replace("THIS_FOLDER", str(output)).replace("=200", "=5")
     done = subprocess.run(
-        [sys.executable, "-c", snippet + "\nprint(messages, answer.shape)"],
-        env=cli_environment, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", snippet], env=cli_environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert "Your question" in done.stdout
-
-
-def test_a_lone_surrogate_in_the_data_spoils_no_file(trained, tmp_path, tiny_model, sample_data):
-    rows = json.loads(sample_data.read_text(encoding="utf-8"))[:40]
-    rows[3]["output"] = "half a character \ud83d"
-    rows[4]["instruction"] = "\udc00 what?"
-    result, data, config = train(tmp_path, tiny_model, rows)
-    output = finetune.save_results(result, data, config).adapter_dir
-    report = json.loads((output / "quality_report.json").read_text(encoding="utf-8"))
-    assert report["checks"]["broken_encoding"] == 2
-    assert (output / "report.html").read_text(encoding="utf-8").endswith("</html>\n")
-
-
-# --- trackers
-
-
-@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
-def test_a_tracker_that_is_not_installed_is_named_with_its_pip_command(
-    monkeypatch, tmp_path, name, tiny_model
-):
-    find = finetune.importlib.util.find_spec
-    monkeypatch.setattr(
-        finetune.importlib.util, "find_spec", lambda n, *a: None if n == name else find(n, *a)
-    )
-    check = finetune.check_packages(make_config(tmp_path, tiny_model, report_to=name))
-    assert check.outcome == "failed"
-    assert check.hint.endswith(f"-m pip install {name}")
-
-
-def test_training_metrics_reach_the_tracker(trained, monkeypatch):
-    from transformers import Trainer
-
-    seen = []
-    log = Trainer.log
-    monkeypatch.setattr(
-        Trainer,
-        "log",
-        lambda self, logs, *a, **k: seen.append(dict(logs)) or log(self, logs, *a, **k),
-    )
-    result, _, config = trained(logging_steps=1)
-    assert finetune.trainer_arguments(config, "cpu").report_to == []
-    assert [r["eval_loss"] for r in seen if "eval_loss" in r] == [
-        r["eval_loss"] for r in result.history if "eval_loss" in r
-    ]
-    assert len([r for r in seen if "loss" in r]) == result.metrics["total_steps"]
-
-
-def test_logits_are_those_of_the_last_positions(trained):
-    result, data, _ = trained()
-    logits = finetune.probe_logits(result.model, data.eval.select([0]))
-    length = len(data.eval[0]["input_ids"])
-    assert logits.shape == (min(length, finetune.PROOF_POSITIONS), result.model.config.vocab_size)
-    assert logits.dtype == torch.float32

@@ -1,197 +1,152 @@
 """Stage 4: the engine learns what SFTTrainer learns, and no interruption changes the adapter."""
 
 import dataclasses
+import hashlib
 import json
+import logging
 import random
-import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import weakref
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pytest
 import torch
-from conftest import FAULTS
+
+if __name__ == "__main__":  # as a run of its own, for signals and several processes
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+else:
+    from conftest import FAULTS
 
 import unified_finetune as finetune
 
-LONG_STORY = "Think about the programs, the people, the place and the net price. " * 4
+MAX_LENGTH = 512
 
 
-def make_config(folder: Path, model: Path, **settings: object) -> finetune.FineTuningConfig:
-    """Return settings for a short run on the CPU that writes below `folder`."""
+def make_config(output: Path, model: Path, **settings: object) -> finetune.FineTuningConfig:
+    """Return settings for a short run on the CPU."""
     values = {
-        "model_name": str(model),
-        "output_dir": str(folder / "out"),
-        "cache_dir": str(folder / "cache"),
-        "log_dir": str(folder / "logs"),
-        "device": "cpu",
-        "max_seq_length": 512,
-        "yes": True,
-        "warmup_steps": 0,
-        "learning_rate": 1e-3,
-        "num_train_epochs": 1,
-        "eval_steps": 3,
-        "save_steps": 2,
-        "min_disk_gb": 0,
-    } | settings
-    return finetune.build_config([finetune.Setting(k, v, "test") for k, v in values.items()])
+        "model_name": str(model), "output_dir": str(output), "device": "cpu", "warmup_steps": 0,
+        "max_seq_length": MAX_LENGTH, "learning_rate": 1e-3, "num_train_epochs": 1, "eval_steps": 3,
+        "save_steps": 2, "min_disk_gb": 0, "logging_steps": 1,
+    } | settings  # fmt: skip
+    problems: list[str] = []
+    given = [(name, value, "test") for name, value in values.items()]
+    config = finetune.build_record(finetune.FineTuningConfig, given, problems)
+    assert config, problems
+    return config
 
 
-def write_rows(folder: Path, sample_data: Path, count: int) -> Path:
-    """Write `count` rows of the sample, two of them with much longer answers."""
-    rows = json.loads(sample_data.read_text(encoding="utf-8"))
-    rows = [r for r in rows if len(r["output"]) < 160 and not r["input"]][:count]
-    for row in rows[3::40]:
-        row["output"] += " " + LONG_STORY
-    path = folder / "rows.json"
-    path.write_text(json.dumps(rows), encoding="utf-8")
-    return path
+def make_rows(count: int, seed: int, prefix: int = 4) -> "list[dict[str, Any]]":
+    """Return rows of random tokens behind one prefix; two in eighty are longer than 256 tokens."""
+    chance, rows = random.Random(seed), []
+    start = [1, *(chance.randrange(3, 200) for _ in range(prefix - 1))]
+    for number in range(count):
+        length = 320 if number % 40 == 3 else chance.randint(5, 40)
+        ids = start + [chance.randrange(3, 200) for _ in range(length)]
+        span = [chance.randint(prefix, len(ids) - 3), len(ids)]
+        row = {"file": 0, "row": number, "question": "?", "answer": "!", "input_ids": ids}
+        rows.append(row | {"spans": [span], "length": len(ids)})
+    return rows
 
 
-@pytest.fixture
-def prepare(
-    tmp_path: Path, tiny_model: Path, sample_data: Path
-) -> "Callable[..., tuple[finetune.PreparedData, finetune.FineTuningConfig]]":
-    """Return a function that prepares rows of the sample with the given settings."""
+def make_data(model: Path, count: int = 80, prefix: int = 4, **changes: Any) -> Any:
+    """Return prepared data: `count` training rows and ten held-out ones."""
+    base = finetune.open_base_model(str(model))
+    empty = {"int": 0, "float": 0.0, "dict": {}, "tuple": ()}
+    kinds = {f.name: str(f.type).split("[")[0] for f in dataclasses.fields(finetune.QualityReport)}
+    kinds = {name: kind.replace("<class '", "").strip("'>") for name, kind in kinds.items()}
+    quality = finetune.QualityReport(**{n: empty.get(k, ()) for n, k in kinds.items()})
+    source = finetune.DatasetFile(Path("rows"), 1, None, "0" * 64, "test")
+    train, held_out = make_rows(count, 0, prefix), make_rows(10, 9, prefix)
+    values = {
+        "train": datasets.Dataset.from_list(train), "eval": datasets.Dataset.from_list(held_out),
+        "tokenizer": base.tokenizer, "base": base, "quality": quality, "source": source,
+        "max_seq_length": MAX_LENGTH, "shown": (),
+    }  # fmt: skip
+    return finetune.PreparedData(**(values | changes))
 
-    def build(count: int = 80, **settings: object):
-        data = write_rows(tmp_path, sample_data, count)
-        config = make_config(tmp_path, tiny_model, data_path=str(data), **settings)
-        return finetune.prepare_dataset(finetune.fetch_dataset(config), config), config
 
-    return build
-
-
-def train(data: finetune.PreparedData, config: finetune.FineTuningConfig) -> finetune.TrainResult:
+def train(data: Any, config: finetune.FineTuningConfig) -> finetune.TrainResult:
     """Run stage 4 on the CPU."""
     return finetune.train_lora(data, finetune.PreflightReport((), "cpu", "float32"), config)
 
 
-def step_losses(result: finetune.TrainResult) -> "list[float]":
+def digest(result: finetune.TrainResult) -> str:
+    """Return a hash of the adapter's bytes."""
+    weights = finetune.adapter_weights(result.model)
+    parts = (name.encode() + value.numpy().tobytes() for name, value in sorted(weights.items()))
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def losses_of(history: Any) -> "list[float]":
     """Return the training loss of every step."""
-    return [record["loss"] for record in result.history if "loss" in record]
+    return [record["loss"] for record in history if "loss" in record]
 
 
-def train_plainly(data, config, folder):
-    """Train with SFTTrainer as it comes, and return its losses and its adapter."""
-    import datasets
-    from peft import LoraConfig, get_peft_model_state_dict
-    from transformers import AutoModelForCausalLM
-    from trl import SFTConfig, SFTTrainer
-
-    rows = [
-        {
-            "input_ids": e["input_ids"],
-            "labels": [-100] * e["prompt_length"] + e["input_ids"][e["prompt_length"] :],
-        }
-        for e in data.train
-    ]
-    trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(config.model_name, dtype=torch.float32),
-        args=SFTConfig(
-            output_dir=str(folder),
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=8,
-            num_train_epochs=config.num_train_epochs,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            warmup_steps=config.warmup_steps,
-            lr_scheduler_type="cosine",
-            bf16=False,
-            activation_checkpointing=False,
-            use_cpu=True,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            seed=config.seed,
-            disable_tqdm=True,
-            max_length=None,
-            dataset_kwargs={"skip_prepare_dataset": True},
-        ),
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=data.tokenizer,
-        peft_config=LoraConfig(
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=0.0,
-            target_modules=list(config.target_modules),
-            task_type="CAUSAL_LM",
-        ),
-    )
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return losses, get_peft_model_state_dict(trainer.model)
+def evaluations_of(history: Any) -> "list[dict[str, float]]":
+    """Return the records of evaluations during training."""
+    return [record for record in history if "eval_loss" in record]
 
 
-@pytest.mark.parametrize(
-    ("budget", "system_prompt"),
-    [(2048, None), (96, None), (2048, "You advise students on college. " * 4)],
-    ids=["one pass a step", "examples longer than the budget", "a long shared prefix"],
-)
-def test_the_engine_learns_what_plain_sfttrainer_learns(
-    prepare, tmp_path, monkeypatch, budget, system_prompt
-):
-    data, config = prepare(
-        lora_dropout=0, learning_rate=2e-5, eval_steps=99, system_prompt=system_prompt
-    )
-    plan = finetune.MemoryPlan(budget, recompute=False, peak=0, reason="the test's")
-    monkeypatch.setattr(finetune, "plan_memory", lambda *_: plan)
-    result = train(data, config)
-    losses, weights = train_plainly(data, config, tmp_path / "plain")
-    assert len(losses) == result.metrics["total_steps"] >= 4
-    assert step_losses(result) == pytest.approx(losses, abs=1e-5)
-    ours = finetune.adapter_weights(result.model)
-    assert ours.keys() == weights.keys()
-    assert max((ours[n] - weights[n]).abs().max().item() for n in ours) < 1e-5
+def steps_of(output: Path) -> "list[int]":
+    """Return the steps of the checkpoints, newest first."""
+    return [finetune.checkpoint_step(folder) for folder in finetune.list_checkpoints(output)]
 
 
-def test_no_example_of_a_pass_sees_another(prepare):
-    data, config = prepare()
-    model = finetune.add_adapter(finetune.load_base_model(config, "cpu", "float32"), config)
-    finetune.install_engine(model)
-    model.eval()
-    examples = [data.train[i] for i in range(12)]
-    layout = finetune.lay_out(examples, "cpu")
-    inputs = [tuple(e["input_ids"][:-1]) for e in examples]
-    beginnings = {ids[: end + 1] for ids in inputs for end in range(len(ids))}
-    assert layout.tokens == len(beginnings) < sum(map(len, inputs))
-    head = model.get_base_model().get_output_embeddings()
-    with torch.inference_mode():
-        hidden = (
-            model.get_base_model()
-            .get_decoder()(
-                input_ids=layout.input_ids,
-                position_ids=layout.position_ids,
-                use_cache=False,
-                layout=layout,
-            )
-            .last_hidden_state
-        )
-        packed = head(hidden[0])
-        model.get_base_model().set_attn_implementation("sdpa")
-        single = [
-            model(input_ids=torch.tensor([e["input_ids"]])).logits[0, e["prompt_length"] - 1 : -1]
-            for e in examples
-        ]
-    assert torch.equal(
-        layout.targets,
-        torch.cat([torch.tensor(e["input_ids"][e["prompt_length"] :]) for e in examples]),
-    )
-    assert (packed - torch.cat(single)).abs().max().item() < 1e-5
+@pytest.fixture(scope="session")
+def data(tiny_model):
+    return make_data(tiny_model)
 
 
-@pytest.mark.parametrize(
-    "width", [finetune.LONGEST_MATH_ROW, 8], ids=["matrix products", "fused kernel"]
-)
-def test_both_attention_kernels_agree_with_the_model_s_own(prepare, monkeypatch, width):
-    data, config = prepare()
-    model = finetune.add_adapter(finetune.load_base_model(config, "cpu", "float32"), config)
-    finetune.install_engine(model)
-    monkeypatch.setattr(finetune, "LONGEST_MATH_ROW", width)
-    finetune.prove_engine(model, data.train, "cpu")
+@pytest.fixture
+def config(tmp_path, tiny_model):
+    return make_config(tmp_path / "out", tiny_model)
+
+
+@pytest.fixture(scope="session")
+def calm(data, tiny_model, tmp_path_factory):
+    """Train once, undisturbed, with the settings of `config`; return the result and its folder."""
+    output = tmp_path_factory.mktemp("calm") / "out"
+    result = train(data, make_config(output, tiny_model))
+    return result, digest(result), output
+
+
+@pytest.fixture
+def resumable(calm, config):
+    """Put the checkpoints of the calm run into the test's own output folder; return that."""
+    return Path(shutil.copytree(calm[2], config.output_dir))
+
+
+def build_model(model: Path, dropout: float = 0.0) -> Any:
+    """Return a model with the engine and an adapter that does something."""
+    base = finetune.open_base_model(str(model))
+    loaded = finetune.load_base_model(base, "cpu", "float32")
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj")
+    shape = {"r": 8, "lora_alpha": 16, "lora_dropout": dropout, "target_modules": list(targets)}
+    tuned = finetune.add_adapter(loaded, base, 1, **shape)
+    finetune.install_engine(tuned)
+    torch.manual_seed(3)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return tuned
+
+
+def gradient(model: Any, *layouts: finetune.Pass) -> torch.Tensor:
+    """Return the adapter's gradient of the summed loss of passes."""
+    model.zero_grad()
+    for layout in layouts:
+        finetune.pass_loss(model, layout).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+# --- the engine
 
 
 def test_passes_hold_whole_examples_within_the_budget():
@@ -201,450 +156,447 @@ def test_passes_hold_whole_examples_within_the_budget():
     assert all(sum(lengths[i] for i in p) <= 256 or len(p) == 1 for p in passes)
 
 
+@pytest.mark.parametrize("width", [finetune.LONGEST_MATH_ROW, 8], ids=["products", "fused kernel"])
+def test_no_example_of_a_pass_sees_another_and_gradients_are_the_model_s_own(
+    data, tiny_model, monkeypatch, width
+):
+    monkeypatch.setattr(finetune, "LONGEST_MATH_ROW", width)
+    model = build_model(tiny_model).eval()
+    examples = [data.train[i] for i in range(12)]
+    layout = finetune.lay_out(examples, "cpu")
+    inputs = [tuple(e["input_ids"][:-1]) for e in examples]
+    beginnings = {ids[: end + 1] for ids in inputs for end in range(len(ids))}
+    assert len(layout.scatter) == len(beginnings) < sum(map(len, inputs))
+    ours = gradient(model, layout)
+    model.zero_grad()
+    with finetune.engine_off(model):
+        for example in examples:
+            ids = torch.tensor([example["input_ids"]])
+            logits = model(input_ids=ids, use_cache=False).logits[0]
+            for start, end in example["spans"]:
+                torch.nn.functional.cross_entropy(
+                    logits[start - 1 : end - 1], ids[0, start:end], reduction="sum"
+                ).backward()
+    theirs = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
+def test_a_conversation_trained_on_all_turns_equals_its_prefixes_at_a_fraction_of_the_tokens(
+    tiny_model,
+):
+    model, chance = build_model(tiny_model).eval(), random.Random(5)
+    ids = [1, *(chance.randrange(3, 200) for _ in range(300))]
+    spans = [[start + 30, start + 48] for start in range(1, 300, 50)]
+    whole = finetune.lay_out([{"input_ids": ids, "spans": spans}], "cpu")
+    prefixes = [
+        finetune.lay_out([{"input_ids": ids[:end], "spans": [[start, end]]}], "cpu")
+        for start, end in spans
+    ]
+    assert len(spans) == 6
+    assert len(whole.scatter) <= 0.4 * sum(len(p.scatter) for p in prefixes)
+    ours, theirs = gradient(model, whole), gradient(model, *prefixes)
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
 def test_the_head_s_loss_and_gradient_are_exact_in_slices(monkeypatch):
     monkeypatch.setattr(finetune, "HEAD_CHUNK", 7)
     torch.manual_seed(1)
-    hidden = torch.randn(23, 16, requires_grad=True)
-    weight, targets = torch.randn(50, 16), torch.randint(0, 50, (23,))
-    head_loss, _ = finetune.engine_functions()
-    loss = head_loss.apply(hidden, weight, None, targets)
+    hidden, targets = torch.randn(23, 16, requires_grad=True), torch.randint(0, 50, (23,))
+    head = torch.nn.Linear(16, 50).requires_grad_(False)
+    loss = finetune.head_loss(hidden, head, targets)
     loss.backward()
     ours, hidden.grad = hidden.grad.clone(), None
-    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    expected = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum")
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert (ours - hidden.grad).abs().max().item() < 1e-5
 
 
-def test_dropout_drops_its_share_and_keeps_the_expected_value():
-    torch.manual_seed(3)
-    mask = finetune.dropout_mask((1000, 1001), 0.05, torch.device("cpu"))
-    assert mask.shape == (1000, 1001)
+def test_dropout_is_a_function_of_the_seed_also_where_activations_are_recomputed(data, tiny_model):
+    mask = finetune.dropout_mask(torch.Size((1000, 1001)), 0.05, torch.device("cpu"), 7)
     assert mask.float().mean().item() == pytest.approx(0.95, abs=1e-3)
+    model = build_model(tiny_model, dropout=0.3).train()
+    examples = [data.train[i] for i in range(12)]
+    first, second = (finetune.lay_out(examples, "cpu", seed) for seed in (5, 6))
+    plain = gradient(model, first, second)
+    assert not torch.equal(gradient(model, first), gradient(model, second))
+    assert torch.equal(gradient(model, first), gradient(model, first))
+    finetune.recompute_activations(model)
+    torch.manual_seed(99)
+    assert torch.equal(gradient(model, first, second), plain)
+    losses = [finetune.pass_loss(model.eval(), layout).item() for layout in (first, second)]
+    assert losses[0] == losses[1]
 
 
-def test_dropout_reaches_the_adapter_and_only_in_training(prepare):
-    data, config = prepare(lora_dropout=0.5)
-    model = finetune.add_adapter(finetune.load_base_model(config, "cpu", "float32"), config)
-    finetune.install_engine(model)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    layout = finetune.lay_out([data.train[0]], "cpu")
-    model.eval()
-    assert finetune.pass_loss(model, layout).item() == finetune.pass_loss(model, layout).item()
-    model.train()
-    assert finetune.pass_loss(model, layout).item() != finetune.pass_loss(model, layout).item()
-
-
-def test_eval_loss_does_not_depend_on_how_examples_are_cut_into_passes(prepare):
-    data, config = prepare()
-    model = finetune.add_adapter(finetune.load_base_model(config, "cpu", "float32"), config)
-    finetune.install_engine(model)
+def test_eval_loss_depends_neither_on_the_passes_nor_on_memory_that_runs_out(
+    data, tiny_model, monkeypatch
+):
+    model = build_model(tiny_model)
     losses = [finetune.mean_loss(model, data.train, budget, "cpu") for budget in (64, 512, 8192)]
-    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+    real, failures = torch.nn.functional.scaled_dot_product_attention, []
+
+    def scarce(query, *args, **kwargs):
+        if query.shape[0] * query.shape[2] > 700:
+            failures.append(len(query))
+            raise torch.OutOfMemoryError("out of memory")
+        return real(query, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", scarce)
+    losses.append(finetune.mean_loss(model, data.train, 8192, "cpu"))
+    assert failures
+    assert losses == pytest.approx([losses[0]] * 4, abs=1e-5)
 
 
-def test_tinyllama_s_adapter_has_the_share_of_parameters_the_readme_says(tmp_path):
-    shape = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048,
-        "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-        "num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 2048,
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(shape))
-    (tmp_path / "tokenizer.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    size = finetune.measure_model(make_config(tmp_path, tmp_path))
-    assert (size.parameters, size.trainable) == (1_100_048_384, 9_011_200)
-    assert round(100 * size.trainable / (size.parameters + size.trainable), 2) == 0.81
+@pytest.mark.parametrize("part", ["lm_head", "lora_B"])
+def test_a_model_that_computes_otherwise_is_refused(data, tiny_model, part):
+    model = build_model(tiny_model)
+    finetune.prove_engine(model, data.train, "cpu")
+    for name, module in model.named_modules():
+        if name.endswith(part) or part + ".default" in name:
+            module.register_forward_hook(lambda _m, _i, y: 1.5 * y)
+    before = finetune.adapter_weights(model)
+    with pytest.raises(finetune.FineTuningError, match="does not compute this model"):
+        finetune.prove_engine(model, data.train, "cpu")
+    assert all(torch.equal(before[n], v) for n, v in finetune.adapter_weights(model).items())
 
 
-TINYLLAMA = finetune.ModelSize(
-    parameters=1_100_048_384,
-    trainable=9_011_200,
-    layers=22,
-    hidden=2048,
-    key_value=256,
-    feed_forward=5632,
-    heads=32,
-    vocabulary=32000,
-    context=2048,
-    file_bytes=2_200_119_864,
-)
+# --- training
+
+
+def train_plainly(data, config, folder):
+    """Train with SFTTrainer as it comes, and return its losses and its adapter."""
+    from peft import LoraConfig, get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    rows = []
+    for e in data.train:
+        start = e["spans"][0][0]
+        labels = [-100] * start + e["input_ids"][start:]
+        rows.append({"input_ids": e["input_ids"], "labels": labels})
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(config.model_name, dtype=torch.float32),
+        args=SFTConfig(
+            output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=8,
+            num_train_epochs=config.num_train_epochs, learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay, warmup_steps=0, lr_scheduler_type="cosine",
+            bf16=False, activation_checkpointing=False, use_cpu=True, logging_steps=1,
+            save_strategy="no", report_to="none", seed=config.seed, disable_tqdm=True,
+            max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=data.tokenizer,
+        peft_config=LoraConfig(
+            r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=0.0,
+            target_modules=list(config.target_modules), task_type="CAUSAL_LM",
+        ),
+    )  # fmt: skip
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, get_peft_model_state_dict(trainer.model)
 
 
 @pytest.mark.parametrize(
-    ("gigabytes", "dtype", "budget", "recompute"),
-    [
-        (24, "float32", 2048, False),
-        (16, "float32", 2048, False),
-        (8, "float32", 256, False),
-        (8, "bfloat16", 2048, False),
-        (5, "bfloat16", 512, False),
-        (4, "bfloat16", 256, True),
-    ],
-)
-def test_the_budget_follows_from_the_memory_the_machine_has(
-    tmp_path, monkeypatch, gigabytes, dtype, budget, recompute
-):
-    monkeypatch.setattr(finetune, "measure_model", lambda _: TINYLLAMA)
-    monkeypatch.setattr(finetune, "machine_memory", lambda _: gigabytes * 2**30)
-    lengths = [50 + i % 100 for i in range(1600)]  # short answers
-    config = make_config(tmp_path, tmp_path, max_seq_length=1024)
-    plan = finetune.plan_memory(config, "cpu", dtype, lengths)
-    assert (plan.budget, plan.recompute) == (budget, recompute)
-    assert (plan.budget < 2048) == ("2048 were granted" in plan.reason)
-
-
-def test_gradient_checkpointing_off_is_never_turned_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(finetune, "measure_model", lambda _: TINYLLAMA)
-    monkeypatch.setattr(finetune, "machine_memory", lambda _: 2**30)
-    config = make_config(tmp_path, tmp_path, gradient_checkpointing="off")
-    assert finetune.plan_memory(config, "cpu", "float32").recompute is False
-
-
-@pytest.mark.parametrize("modules", [["q_proj", "q_prj"], ["lm_head"], ["embed_tokens"]])
-def test_target_modules_that_are_not_there_are_named(prepare, modules):
-    data, config = prepare(target_modules=modules)
-    with pytest.raises(finetune.FineTuningError, match=modules[-1]) as error:
-        train(data, config)
-    assert "q_proj" in error.value.hint
-
-
-def test_the_best_adapter_is_kept_and_training_stops_when_it_gets_no_better(prepare):
-    data, config = prepare(
-        learning_rate=0.5,
-        num_train_epochs=8,
-        early_stopping_patience=2,
-        eval_steps=1,
-        max_eval_examples=1000,
-    )
+    ("granted", "prefix"), [(MAX_LENGTH, 4), (24, 4), (MAX_LENGTH, 40)],
+    ids=["one pass a step", "examples longer than the budget", "a long shared prefix"],
+)  # fmt: skip
+def test_the_engine_learns_what_plain_sfttrainer_learns(tiny_model, tmp_path, granted, prefix):
+    data = make_data(tiny_model, prefix=prefix, max_seq_length=granted)
+    config = make_config(tmp_path / "out", tiny_model, lora_dropout=0, learning_rate=2e-5)
     result = train(data, config)
-    evaluations = [(r["eval_loss"], r["step"]) for r in result.history if "eval_loss" in r]
-    assert result.metrics["best_step"] == min(evaluations)[1]
-    assert evaluations[-1][1] == min(evaluations)[1] + 2 < result.metrics["total_steps"]
-    assert result.metrics["eval_loss"] == pytest.approx(min(evaluations)[0], abs=1e-5)
+    losses, weights = train_plainly(data, config, tmp_path / "plain")
+    assert len(losses) == result.metrics["total_steps"] == 5
+    assert losses_of(result.history) == pytest.approx(losses, abs=1e-5)
+    ours = finetune.adapter_weights(result.model)
+    assert ours.keys() == weights.keys()
+    assert max((ours[n] - weights[n]).abs().max().item() for n in ours) < 1e-5
 
 
-def test_a_loss_that_is_not_finite_is_computed_again_and_never_reaches_the_weights(
-    prepare, monkeypatch, caplog
-):
-    data, config = prepare()
-    expected = train(data, config)
-    calls = {"count": 0}
-    real = finetune.pass_loss
-
-    def once_nan(model, layout):
-        loss = real(model, layout)
-        if model.training:
-            calls["count"] += 1
-            if calls["count"] == 3:
-                return loss * float("nan")
-        return loss
-
-    monkeypatch.setattr(finetune, "pass_loss", once_nan)
-    result = train(data, dataclasses.replace(config, overwrite=True))
-    assert "not finite" in caplog.text
-    ours, theirs = (finetune.adapter_weights(r.model) for r in (result, expected))
-    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
-
-
-def test_a_loss_that_stays_not_finite_stops_the_run(prepare, monkeypatch, tmp_path):
-    data, config = prepare()
-    real = finetune.pass_loss
-    monkeypatch.setattr(
-        finetune, "pass_loss", lambda m, p: real(m, p) * (float("nan") if m.training else 1)
-    )
-    with pytest.raises(finetune.FineTuningError, match="no finite numbers"):
-        train(data, config)
-    assert not list((tmp_path / "out").glob("checkpoint-*"))
+def test_early_stopping_keeps_the_best_adapter_and_the_metrics_say_what_was_done(data, config):
+    config = dataclasses.replace(
+        config, learning_rate=0.5, num_train_epochs=8, early_stopping_patience=2, eval_steps=1,
+        max_eval_examples=1000, save_steps=100,
+    )  # fmt: skip
+    started = time.monotonic()
+    result = train(data, config)
+    wall, metrics = time.monotonic() - started, result.metrics
+    evaluations = [(r["eval_loss"], r["step"]) for r in evaluations_of(result.history)]
+    assert metrics["best_step"] == min(evaluations)[1]
+    assert evaluations[-1][1] == metrics["total_steps"] == min(evaluations)[1] + 2
+    assert metrics["planned_steps"] == 40
+    assert metrics["eval_loss"] == pytest.approx(min(evaluations)[0], abs=1e-5)
+    assert 0 < metrics["train_runtime"] < wall
+    rows = metrics["total_steps"] * 16
+    speed = pytest.approx(rows / metrics["train_runtime"], rel=0.01)
+    assert metrics["train_samples_per_second"] == speed
+    assert steps_of(Path(config.output_dir)) == [metrics["total_steps"]]
+    again = train(data, config)  # a stop after the last step trains no further
+    assert (again.metrics["total_steps"], digest(again)) == (metrics["total_steps"], digest(result))
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        "CUDA out of memory. Tried to allocate 2.00 GiB.",
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "MPS backend out of memory (MPS allocated: 17.00 GB)",
-        "Invalid buffer size: 19.07 GiB",
-        "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory: you tried",
-        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes. Error code 12",
-    ],
+def test_the_periodic_evaluation_looks_at_a_seeded_sample_and_says_so(data, config):
+    results = [
+        train(data, dataclasses.replace(config, max_eval_examples=3, seed=seed, overwrite=True))
+        for seed in (1, 2)
+    ]
+    records = [evaluations_of(result.history) for result in results]
+    assert [(r["step"], r["examples"]) for r in records[0]] == [(3, 3), (5, 3)]
+    assert abs(records[0][0]["eval_loss"] - records[1][0]["eval_loss"]) > 1e-3
+    assert abs(records[0][-1]["eval_loss"] - results[0].metrics["eval_loss"]) > 1e-4
+
+
+OUT_OF_MEMORY = (
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "MPS backend out of memory (MPS allocated: 17.00 GB)",
+    "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory: you tried",
 )
-def test_out_of_memory_takes_smaller_passes_and_learns_the_same(
-    prepare, monkeypatch, caplog, message
+
+
+def test_out_of_memory_takes_smaller_passes_then_recomputes_and_learns_the_same(
+    data, config, monkeypatch, caplog
 ):
-    data, config = prepare(lora_dropout=0)
-    expected = train(data, config)
-    real = finetune.lay_out
+    config = dataclasses.replace(config, lora_dropout=0)
+    expected, real, failures = train(data, config), torch.Tensor.backward, list(OUT_OF_MEMORY)
 
-    def too_much(examples, device):
-        layout = real(examples, device)
-        if torch.is_grad_enabled() and layout.tokens > 600:
+    def scarce(self, *args, **kwargs):
+        if failures:
             FAULTS["memory that runs out"] += 1
-            raise RuntimeError(message)
-        return layout
+            raise RuntimeError(failures.pop())
+        return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(finetune, "lay_out", too_much)
+    monkeypatch.setattr(torch.Tensor, "backward", scarce)
     result = train(data, dataclasses.replace(config, overwrite=True))
-    assert "forward passes of at most" in caplog.text
-    assert step_losses(result) == pytest.approx(step_losses(expected), abs=1e-4)
-
-
-def test_memory_that_never_suffices_ends_with_what_to_do(prepare, monkeypatch, caplog):
-    data, config = prepare()
-
-    def always(*_):
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(finetune, "accumulate_gradients", always)
-    with pytest.raises(finetune.FineTuningError, match="Not enough memory") as error:
-        train(data, config)
-    assert "activations are recomputed" in caplog.text
+    assert caplog.text.count("Out of memory: forward passes of at most") == 3
+    assert losses_of(result.history) == pytest.approx(losses_of(expected.history), abs=1e-4)
+    failures[:] = OUT_OF_MEMORY * 9
+    with pytest.raises(finetune.FineTuningError, match="Out of memory on cpu") as error:
+        train(data, dataclasses.replace(config, overwrite=True))
+    assert "Out of memory: activations are recomputed" in caplog.text
     assert "--max_seq_length" in error.value.hint
 
 
-def test_recomputing_activations_changes_nothing(prepare):
-    data, config = prepare(lora_dropout=0.05)
-    plain = train(data, config)
-    recomputed = train(
-        data, dataclasses.replace(config, gradient_checkpointing="on", overwrite=True)
+def test_a_device_that_gives_up_hands_over_to_the_cpu_and_frees_its_model(
+    data, config, calm, monkeypatch, caplog
+):
+    from transformers import AutoModelForCausalLM
+
+    real, load = torch.nn.utils.get_total_norm, AutoModelForCausalLM.from_pretrained
+    calls: list[int] = []
+    alive: list[int] = []
+    models: list[Any] = []
+
+    def broken(gradients, **kwargs):
+        calls.append(1)
+        return torch.tensor(float("nan")) if len(calls) in (4, 5) else real(gradients, **kwargs)
+
+    def loading(*args, **kwargs):
+        alive.append(sum(reference() is not None for reference in models))
+        model = load(*args, **kwargs)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", broken)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loading)
+    report = finetune.PreflightReport((), "cpu:0", "float32")  # to the program, not the CPU
+    result = finetune.train_lora(data, report, config)
+    assert "Step 4 gives no finite numbers on cpu:0, twice over; going on" in caplog.text
+    assert alive == [0, 0]
+    assert (result.metrics["device"], result.metrics["resumed_from_step"]) == ("cpu", 2)
+    assert digest(result) == calm[1]
+
+
+def test_the_plan_names_a_warm_up_and_a_rate_that_teach_little(data, config, caplog):
+    caplog.set_level("INFO")
+    slow = dataclasses.replace(
+        config, warmup_steps=50, learning_rate=2e-5, gradient_checkpointing="on"
     )
-    assert step_losses(recomputed) == pytest.approx(step_losses(plain), abs=1e-6)
+    finetune.estimate_run(data, finetune.PreflightReport((), "cpu", "float32"), slow)
+    assert "plan: 5 steps of 16 examples" in caplog.text
+    assert "gets to 2e-06 of the 2e-05" in caplog.text
+    assert "Set --warmup_steps 0" in caplog.text
+    assert "2e-05 is far below what LoRA usually takes (1e-4 to 2e-4)" in caplog.text
+    assert "a measured step took" in caplog.text
+    assert not Path(config.output_dir).exists()
 
 
-def test_other_settings_and_other_data_are_refused_by_name(prepare, sample_data, tmp_path):
-    data, config = prepare()
-    train(data, config)
+def test_init_adapter_starts_from_an_earlier_adapter_of_the_same_shape(data, config, calm):
+    start = str(calm[2] / "checkpoint-5")
+    second = dataclasses.replace(config, init_adapter=start, lora_dropout=0)
+    result = train(data, second)
+    assert result.metrics["eval_loss"] < calm[0].metrics["eval_loss"]
+    assert losses_of(result.history)[0] < losses_of(calm[0].history)[0]
+    refused = pytest.raises(finetune.FineTuningError, match="has lora_r 32, and this run has 8")
+    with refused as error:
+        train(data, dataclasses.replace(second, lora_r=8, overwrite=True))
+    assert "--lora_r 32" in error.value.hint
+    with pytest.raises(finetune.FineTuningError, match="has target_modules k_proj o_proj"):
+        train(data, dataclasses.replace(second, target_modules=("q_proj",), overwrite=True))
+
+
+# --- checkpoints and other runs
+
+
+def test_other_settings_data_and_bases_are_refused_by_name(data, config, calm, resumable, tmp_path):
     with pytest.raises(finetune.FineTuningError) as error:
         train(data, dataclasses.replace(config, lora_r=8, seed=7))
     assert "lora_r was 32 and is now 8" in str(error.value)
     assert "seed was 42 and is now 7" in str(error.value)
     assert "--overwrite" in error.value.hint
-    other = dataclasses.replace(data, source=dataclasses.replace(data.source, sha256="0" * 64))
-    with pytest.raises(finetune.FineTuningError, match="data_sha256 was"):
-        train(other, config)
+    other = dataclasses.replace(data.source, sha256="1" * 64)
+    with pytest.raises(finetune.FineTuningError, match="the data are others"):
+        train(dataclasses.replace(data, source=other), config)
+    exchanged = dataclasses.replace(data, base=dataclasses.replace(data.base, digest="1" * 64))
+    with pytest.raises(finetune.FineTuningError, match="the base model is another one"):
+        train(exchanged, config)
+    moved = tmp_path / "moved"  # the same base elsewhere is the same run
+    shutil.copytree(config.model_name, moved)
+    copy = dataclasses.replace(data, base=finetune.open_base_model(str(moved)))
+    again = train(copy, dataclasses.replace(config, model_name=f"{moved}/"))
+    assert (again.metrics["resumed_from_step"], digest(again)) == (5, calm[1])
+    train(data, dataclasses.replace(config, seed=7, overwrite=True, save_steps=3))
+    assert steps_of(resumable) == [5, 3]
 
 
-@pytest.mark.parametrize(
-    "damage", ["truncated", "flipped", "missing", "empty folder", "no manifest"]
-)
-def test_a_damaged_checkpoint_is_passed_over(prepare, tmp_path, caplog, damage):
-    data, config = prepare(num_train_epochs=2)
-    expected = finetune.adapter_weights(train(data, config).model)
-    newest, *older = finetune.list_checkpoints(tmp_path / "out")
-    assert older
-    victim = newest / "adapter_model.safetensors"
-    if damage == "truncated":
-        victim.write_bytes(victim.read_bytes()[:-10])
-    elif damage == "flipped":
-        content = bytearray(victim.read_bytes())
-        content[-5] ^= 1
-        victim.write_bytes(content)
-    elif damage == "missing":
-        (newest / "optimizer.pt").unlink()
-    elif damage == "no manifest":
-        (newest / finetune.MANIFEST).unlink()
-    else:
-        for file in newest.iterdir():
-            file.unlink()
-    result = train(data, config)
-    FAULTS["a damaged file"] += 1
-    assert f"{newest.name} is passed over" in caplog.text
-    assert result.metrics["resumed_from_step"] == finetune.checkpoint_step(older[0])
-    ours = finetune.adapter_weights(result.model)
-    assert all(torch.equal(ours[n], expected[n]) for n in ours)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(28, "No space left on device"),
-        OSError(5, "Input/output error"),
-        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 812992 vs 812880"),
-    ],
-    ids=["full disk", "failing disk", "full disk in PyTorch's words"],
-)
-def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(
-    prepare, tmp_path, monkeypatch, error
+def test_resume_from_a_path_obeys_the_output_folder_and_the_checkpoint(
+    data, config, calm, resumable, tmp_path
 ):
-    data, config = prepare(num_train_epochs=2)
-    expected = finetune.adapter_weights(train(data, config).model)
-    config = dataclasses.replace(config, output_dir=str(tmp_path / "second"))
-    real, calls = torch.save, []
+    start = calm[2] / "checkpoint-2"
+    elsewhere = dataclasses.replace(config, output_dir=str(tmp_path / "b"), resume=str(start))
+    result = train(data, elsewhere)
+    assert (result.metrics["resumed_from_step"], digest(result)) == (2, calm[1])
+    other = dataclasses.replace(elsewhere, seed=1, resume="auto", overwrite=True)
+    train(data, other)
+    with pytest.raises(finetune.FineTuningError, match="seed was 1 and is now 42"):
+        train(data, elsewhere)
+    with pytest.raises(finetune.FineTuningError, match="seed was 42 and is now 1"):
+        train(data, dataclasses.replace(other, resume=str(start)))
+    inside = tmp_path / "b" / "checkpoint-2"  # of this run, below newer ones of another
+    shutil.rmtree(inside)
+    shutil.copytree(start, inside)
+    result = train(data, dataclasses.replace(elsewhere, resume=str(inside), overwrite=True))
+    assert (result.metrics["resumed_from_step"], digest(result)) == (2, calm[1])
+    assert steps_of(tmp_path / "b") == [5, 4, 2]
+    with pytest.raises(finetune.FineTuningError, match=r"--resume .* cannot be used"):
+        train(data, dataclasses.replace(config, resume=str(tmp_path)))
 
-    def fail_later(*args, **kwargs):
-        calls.append(1)
-        if len(calls) > 7:  # the second checkpoint
-            raise error
-        return real(*args, **kwargs)
 
-    monkeypatch.setattr(torch, "save", fail_later)
-    with pytest.raises(finetune.FineTuningError, match="cannot be written") as stopped:
-        train(data, config)
-    assert "goes on from the last checkpoint" in stopped.value.hint
-    left = finetune.list_checkpoints(tmp_path / "second")
-    assert left
-    assert all(finetune.checkpoint_problem(folder) is None for folder in left)
-    assert not list((tmp_path / "second").glob(".staging*"))
-    monkeypatch.setattr(torch, "save", real)
+def finish(config: finetune.FineTuningConfig, data: Any, result: finetune.TrainResult) -> None:
+    """Write what stage 5 leaves of a finished run, as far as stage 4 reads it."""
+    output = Path(config.output_dir)
+    newest = finetune.list_checkpoints(output)[0] / finetune.ADAPTER_FILE
+    shutil.copy(newest, output)
+    metrics = result.metrics | {"adapter_sha256": finetune.sha256_of(newest)}
+    provenance = {"provenance": {"identity": result.identity}}
+    settings = finetune.saved_settings(config) | provenance
+    finetune.write_json(output / finetune.CONFIG_FILE, settings)
+    finetune.write_json(output / finetune.METRICS_FILE, metrics)
+
+
+def test_a_finished_run_is_known_and_names_settings_that_change_nothing(
+    data, config, calm, resumable, caplog
+):
+    caplog.set_level("INFO")
+    assert finetune.find_finished_run(config, data) is None
+    finish(config, data, calm[0])
+    found = finetune.find_finished_run(config, data)
+    assert found and found.metrics["total_steps"] == 5
+    assert "change nothing" not in caplog.text
+    changed = dataclasses.replace(config, save_steps=7, sample_prompts=("other",))
+    assert finetune.find_finished_run(changed, data)
+    names = "save_steps, sample_prompts"
+    assert f"these settings change nothing in a finished run: {names}" in caplog.text
+    assert finetune.find_finished_run(dataclasses.replace(config, seed=1), data) is None
+    (resumable / finetune.ADAPTER_FILE).write_bytes(b"damaged")
+    shutil.rmtree(resumable / "checkpoint-5")
+    assert finetune.find_finished_run(config, data) is None
+    assert "is damaged; it is written again" in caplog.text
+    assert train(data, config).metrics["resumed_from_step"] == 4
+    for folder in finetune.list_checkpoints(resumable):
+        shutil.rmtree(folder)
+    (resumable / finetune.CONFIG_FILE).write_text("{")  # a stranger's, or a damaged one
+    for changes in ({}, {"overwrite": True}):
+        with pytest.raises(finetune.FineTuningError, match="no whole record") as error:
+            train(data, dataclasses.replace(config, **changes))
+        assert "Move" in error.value.hint
+
+
+def test_old_checkpoints_are_pruned_and_the_best_and_the_newest_stay(data, config):
+    config = dataclasses.replace(config, save_steps=1, eval_steps=1, save_total_limit=2)
+    result = train(data, dataclasses.replace(config, learning_rate=1.0, num_train_epochs=2))
+    assert result.metrics["best_step"] < 10
+    assert steps_of(Path(config.output_dir)) == [10, result.metrics["best_step"]]
+
+
+# --- interruptions
+
+
+def test_a_signal_loses_no_finished_step_and_changes_no_byte(
+    data, config, calm, caplog, monkeypatch
+):
+    caplog.set_level("INFO")
+
+    class Sender(logging.Handler):
+        def emit(self, record):
+            if record.getMessage().startswith(line):
+                FAULTS["a signal"] += 1
+                finetune.stop.number = signal.SIGINT
+
+    sender = Sender()
+    finetune.log.addHandler(sender)
+    for line, step in (("  step 1/5 ", 1), ("  step 3: eval", 3), ("  step 5/5 ", 5)):  # noqa: B007
+        with pytest.raises(KeyboardInterrupt):
+            train(data, config)
+        finetune.stop.forget()
+        assert f"Stopped after step {step} of 5; the same command goes on" in caplog.text
+        assert steps_of(Path(config.output_dir))[0] == step
+    finetune.log.removeHandler(sender)
     result = train(data, config)
-    assert result.metrics["resumed_from_step"] == finetune.checkpoint_step(left[0])
-    ours = finetune.adapter_weights(result.model)
-    assert all(torch.equal(ours[n], expected[n]) for n in ours)
+    assert (result.metrics["resumed_from_step"], digest(result)) == (5, calm[1])
+    same = ("train_loss", "eval_loss", "eval_loss_before", "best_step", "total_steps",
+            "input_tokens", "supervised_tokens")  # fmt: skip
+    assert {n: result.metrics[n] for n in same} == {n: calm[0].metrics[n] for n in same}
+    assert evaluations_of(result.history) == evaluations_of(calm[0].history)
 
 
-def test_old_checkpoints_are_pruned_and_the_newest_stays(prepare, tmp_path):
-    data, config = prepare(num_train_epochs=2, save_steps=1, save_total_limit=2)
-    result = train(data, config)
-    steps = [finetune.checkpoint_step(c) for c in finetune.list_checkpoints(tmp_path / "out")]
-    assert steps[0] == result.metrics["total_steps"]
-    assert len(steps) == 2
+def test_a_resumed_run_obeys_what_may_change(data, config, calm, resumable, caplog):
+    caplog.set_level("INFO")
+    for step in (4, 5):
+        shutil.rmtree(resumable / f"checkpoint-{step}")
+    changed = dataclasses.replace(
+        config, gradient_checkpointing="on", eval_steps=4, save_steps=1, max_eval_examples=2,
+        early_stopping_patience=1,
+    )  # fmt: skip
+    result = train(data, changed)
+    assert "activations are recomputed (--gradient_checkpointing)" in caplog.text
+    evaluations = [(r["step"], r["examples"]) for r in evaluations_of(result.history)]
+    assert evaluations == [(4, 2), (5, 2)]
+    assert steps_of(resumable) == [5, 4, 3]
+    assert losses_of(result.history) == losses_of(calm[0].history)
 
 
-# --- The real program, interrupted.
+def start_child(output: Path, model: Path, *launcher: str, **settings: object) -> subprocess.Popen:
+    """Run stage 4 in a process of its own."""
+    command = [sys.executable, *launcher, __file__, str(output), str(model), json.dumps(settings)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.fixture
-def command(program_arguments, cli_environment, tmp_path):
-    """Return the command line of a run with several checkpoints, and its environment."""
-    return [sys.executable, *program_arguments], cli_environment
+def test_two_processes_train_the_model_that_one_trains(data, config, tmp_path, tiny_model):
+    one = train(data, dataclasses.replace(config, lora_dropout=0))
+    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+              "--num_machines", "1", "--mixed_precision", "no")  # fmt: skip
+    child = start_child(tmp_path / "two", tiny_model, *launch, lora_dropout=0)
+    _, told = child.communicate(timeout=300)
+    assert child.returncode == 0, told
+    progress = json.loads((tmp_path / "two" / "checkpoint-5" / "progress.json").read_text())
+    assert losses_of(progress["steps"]) == pytest.approx(losses_of(one.history), abs=1e-5)
+    assert [p.name for p in (tmp_path / "two").glob(".staging*")] == []
 
 
-@pytest.fixture
-def program_arguments(program: Path, tmp_path, tiny_model, sample_data) -> "list[str]":
-    data = write_rows(tmp_path, sample_data, 120)
-    return [
-        str(program), "--data_path", str(data), "--model_name", str(tiny_model),
-        "--device", "cpu", "--max_seq_length", "512", "--yes", "--num_train_epochs", "2",
-        "--save_steps", "3", "--eval_steps", "4", "--logging_steps", "1", "--learning_rate", "1e-3",
-        "--warmup_steps", "2", "--min_disk_gb", "0", "--early_stopping_patience", "50",
-    ]  # fmt: skip
-
-
-def adapter_sha(folder: Path) -> str:
-    """Return the adapter's SHA-256."""
-    return program_sha(folder / "adapter_model.safetensors")
-
-
-def program_sha(path: Path) -> str:
-    import hashlib
-
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def run_until(command, environment, cwd: Path, pattern: str, then: int) -> "tuple[int, str]":
-    """Start the program, send a signal when its output matches, and return exit code and output."""
-    process = subprocess.Popen(
-        command, env=environment, cwd=cwd, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+if __name__ == "__main__":
+    logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
+    finetune.stop.install()
+    place, model_folder, chosen = sys.argv[1:]
+    train(
+        make_data(Path(model_folder)),
+        make_config(Path(place), Path(model_folder), **json.loads(chosen)),
     )
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if re.search(pattern, line):
-            time.sleep(random.random() / 5)
-            process.send_signal(then)
-            break
-    lines.append(process.stderr.read())
-    return process.wait(120), "".join(lines)
-
-
-def test_an_interrupted_run_ends_with_the_adapter_of_an_undisturbed_one(command, tmp_path):
-    arguments, environment = command
-    quiet = subprocess.run(
-        [*arguments, "--output_dir", "quiet"],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert quiet.returncode == 0, quiet.stderr
-    shaken = [*arguments, "--output_dir", "shaken"]
-    code, text = run_until(shaken, environment, tmp_path, r"step 2/", signal.SIGINT)
-    assert (code, "Traceback" in text) == (130, False), text
-    assert "the same command goes on from there" in text
-    code, text = run_until(shaken, environment, tmp_path, r"step 6/", signal.SIGTERM)
-    assert code == 143, text
-    assert "resuming from" in text
-    code, _ = run_until(shaken, environment, tmp_path, r"step 9/", signal.SIGKILL)
-    assert code == -signal.SIGKILL
-    final = subprocess.run(
-        shaken, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert final.returncode == 0, final.stderr
-    assert final.stdout.strip() == "shaken"
-    assert adapter_sha(tmp_path / "shaken") == adapter_sha(tmp_path / "quiet")
-    metrics = json.loads((tmp_path / "shaken/training_metrics.json").read_text())
-    calm = json.loads((tmp_path / "quiet/training_metrics.json").read_text())
-    assert metrics["resumed_from_step"] >= 6
-    for name in (
-        "train_loss",
-        "eval_loss",
-        "eval_loss_before",
-        "best_step",
-        "input_tokens",
-        "supervised_tokens",
-    ):
-        assert metrics[name] == calm[name], name
-    again = subprocess.run(
-        shaken, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert (again.returncode, again.stdout.strip()) == (0, "shaken")
-    assert "This run is finished" in again.stderr
-    assert "[4/5]" not in again.stderr
-
-
-def test_a_second_run_on_one_output_folder_is_refused_while_the_first_lives(command, tmp_path):
-    arguments, environment = command
-    first = subprocess.Popen(
-        [*arguments, "--output_dir", "out", "--num_train_epochs", "500"],
-        env=environment,
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        for line in first.stderr:
-            if "[2/5]" in line:
-                break
-        second = subprocess.run(
-            [*arguments, "--output_dir", "out"],
-            env=environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert second.returncode == 11
-        assert f"process {first.pid}" in second.stderr
-    finally:
-        first.kill()
-        first.wait()
-
-
-def test_two_processes_train_the_model_that_one_trains(command, tmp_path):
-    arguments, environment = command
-    arguments = [*arguments[1:], "--lora_dropout", "0", "--num_train_epochs", "1"]
-    launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no",
-    ]  # fmt: skip
-    histories = []
-    for start, output in (([sys.executable], "one"), (launch, "two")):
-        done = subprocess.run(
-            [*start, *arguments, "--output_dir", output],
-            env={**environment, "OMP_NUM_THREADS": "1"},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout == output + "\n"
-        checkpoints = (tmp_path / output).glob("checkpoint-*")
-        checkpoint = max(checkpoints, key=lambda folder: int(folder.name.split("-")[1]))
-        progress = json.loads((checkpoint / "progress.json").read_text())
-        histories.append([r["loss"] for r in progress["history"] if "loss" in r])
-    assert len(histories[0]) >= 4
-    assert histories[1] == pytest.approx(histories[0], abs=1e-5)
