@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import logging
 import re
 import shutil
 import signal
@@ -434,6 +435,24 @@ def test_a_secret_in_a_wrong_place_is_not_repeated(run_cli):
     result = run_cli("check", "--seed", SECRETS["R2_SECRET_ACCESS_KEY"], env=SECRETS)
     assert result.code == 2
     assert "must be a whole number, not '***'" in result.stderr
+
+
+def test_a_secret_that_a_library_logs_is_hidden_in_its_traceback_too(tmp_path, capsys, monkeypatch):
+    root, secret = logging.getLogger(), "a-secret-of-this-test-4711"
+    monkeypatch.setattr(finetune, "known_secrets", set())
+    before, level = root.handlers, root.level
+    try:
+        finetune.remember_secrets(secret)
+        path = finetune.start_logging(tmp_path, verbose=True)
+        try:
+            raise ValueError(f"bad key {secret}")
+        except ValueError:
+            logging.getLogger("some.library").warning("with %s", secret, exc_info=True)
+    finally:
+        root.handlers, root.level = before, level
+    written = path.read_text() + capsys.readouterr().err
+    assert written.count("bad key ***") == written.count("with ***") == 2
+    assert secret not in written
 
 
 def test_every_run_has_its_own_log_file_with_times_and_details(run_cli, tmp_path):
