@@ -154,8 +154,8 @@ class FineTuningConfig:
     init_adapter: "str | None" = option(None, "folder of an earlier adapter to start from, instead of a new one", path=True)
     # --- the training
     num_train_epochs: float = option(3, "passes over the training examples", above=0)
-    per_device_train_batch_size: int = option(2, "examples of max_seq_length that one forward pass may hold", at_least=1)
-    gradient_accumulation_steps: int = option(8, "times that, examples per optimizer step (2 x 8 = 16, the effective batch)", at_least=1)
+    per_device_train_batch_size: int = option(2, "examples of max_seq_length that one forward pass may hold", at_least=1, at_most=2**31 - 1)
+    gradient_accumulation_steps: int = option(8, "times that, examples per optimizer step (2 x 8 = 16, the effective batch)", at_least=1, at_most=2**31 - 1)
     learning_rate: float = option(2e-5, "peak learning rate", at_least=0)
     weight_decay: float = option(0.01, "AdamW weight decay", at_least=0)
     warmup_steps: int = option(50, "optimizer steps until the peak learning rate", at_least=0)
@@ -980,9 +980,6 @@ class QualityReport:  # what quality_report.json says
     avg_output_length: float
     checks: "dict[str, int]"
     check_details: "dict[str, dict[str, Any]]"  # by check: count, action, meaning, rows, examples
-    mean_score: float
-    score_histogram: tuple[int, ...]  # rows with a score of 0.0-0.1, ..., 0.9-1.0
-    worst_rows: "tuple[dict[str, Any], ...]"
     answers: int  # that carry loss
     masked_answers: int  # that do not: marked so in the file, or by assistant_turns
     supervised_tokens: int
@@ -1131,7 +1128,8 @@ def load_model(folder: Path, **options: Any) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    wrong = (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError)
+    wrong: Any = (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError)
+    wrong += (ArithmeticError, AssertionError)  # sizes of zero, a pad token that is not there
     safe = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
     try:
         return AutoModelForCausalLM.from_pretrained(folder, **safe, **options)
@@ -1264,6 +1262,14 @@ def open_base_model(model_name: str) -> BaseModel:
 
 
 Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}
+TEMPLATE_FAULTS = (
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
 
 
 def render_chat(
@@ -1275,7 +1281,7 @@ def render_chat(
     how: dict[str, Any] = {"tokenize": False, "add_generation_prompt": answer_next}
     try:
         return str(tokenizer.apply_chat_template([dict(m) for m in messages], **how))
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, *TEMPLATE_FAULTS) as error:
         what = f"The model's chat template refuses these messages: {first_line(error)}"
         hint = "Some templates take no system message, or only alternating turns."
         raise FineTuningError(what, hint) from error
@@ -1419,13 +1425,17 @@ def generate(
 # row of tokens; beginnings that several share (the template's, a system prompt) stand there once.
 # Only attention gathers the tokens into a padded row per example; only positions whose next token
 # carries loss reach the LM head. Dropout depends on the pass's seed and the layer alone, so that
-# activations that are computed again draw the same masks. Results of products are never written
-# into a slice, and layers see 2-D inputs: some of Apple's kernels are silently wrong otherwise.
+# activations that are computed again draw the same masks. Some of Apple's kernels are silently
+# wrong where a slice is written to, on inputs of more than two dimensions, and in long sums: none
+# of these occurs here. Metal compiles every operation anew for every shape, so that passes are
+# filled up to few shapes; and it may drop work without a word, so that layers are counted there.
 
 ATTENTION = "packed"  # the name under which transformers finds packed_attention
 LONGEST_MATH_ROW = 256  # beyond it, attention scores cost more memory than they save time
 HEAD_CHUNK = 512  # supervised positions per slice of logits: bounds the head's memory
 LONGEST_SUM = 16_384  # terms that MPS adds up in one product; from 32,767 on it may go wrong
+# On MPS, sizes of a pass are multiples of these. What fills them up weighs nothing.
+BUCKETS = {"rows": 16, "width": 64, "tokens": 160, "supervised": 128}
 # Relative differences of losses and logits that rounding explains, between kernels for one thing.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
 
@@ -1434,15 +1444,17 @@ class Pass(NamedTuple):
     """Hold one forward pass over several examples, each token of theirs once."""
 
     rows: int  # examples
-    width: int  # of the longest
+    width: int  # at least that of the longest
+    supervised: int  # tokens that carry loss
     seed: int  # of the dropout
+    weights: "Tensor | None"  # [supervised or more] of 1 and 0; None where all carry loss
     input_ids: "Tensor"  # [1, tokens]
     position_ids: "Tensor"  # [1, tokens]
     gather: "Tensor"  # [rows * width]: which token stands in each cell of the padded rows
     scatter: "Tensor"  # [tokens]: the cell in which each token finds its result
     shared: "Tensor"  # cells of tokens that have such a cell in an earlier row
-    keep: "Tensor"  # [supervised]: the positions whose next token carries loss
-    targets: "Tensor"  # [supervised]: those next tokens
+    keep: "Tensor"  # [supervised or more]: the positions whose next token carries loss
+    targets: "Tensor"  # likewise: those next tokens
 
 
 def plan_passes(lengths: Sequence[int], budget: int) -> "list[list[int]]":
@@ -1466,13 +1478,22 @@ def labels_of(example: Example) -> "list[int]":
     return labels
 
 
-def lay_out(examples: Sequence[Example], device: str, seed: int = 0) -> Pass:
-    """Lay examples end to end; tokens behind the same beginning stand there once, as in a trie."""
+def lay_out(
+    examples: Sequence[Example], device: str, seed: int = 0, *, fill: "bool | None" = None
+) -> Pass:
+    """Lay examples end to end; tokens behind the same beginning stand there once, as in a trie.
+
+    `fill` (as MPS wants it) rounds all sizes up to BUCKETS.
+    """
     import torch
 
     # Nothing follows the last supervised token, so that it is never an input.
     inputs = [e["input_ids"][: e["spans"][-1][1] - 1] for e in examples]
-    width = max(map(len, inputs))
+    fill = device.startswith("mps") if fill is None else fill
+    step = BUCKETS if fill else dict.fromkeys(BUCKETS, 1)
+    # A filled row has a cell of its own behind its tokens.
+    rows, width = len(examples), max(map(len, inputs)) + fill
+    rows, width = rows + -rows % step["rows"], width + -width % step["width"]
     places: dict[tuple[int, int], int] = {}  # (place of the token before, token) -> place
     ids, positions, gather, scatter, shared, keep, targets = parts = [list[int]() for _ in range(7)]
     for row, (example, tokens) in enumerate(zip(examples, inputs, strict=True)):
@@ -1490,9 +1511,17 @@ def lay_out(examples: Sequence[Example], device: str, seed: int = 0) -> Pass:
         for start, end in example["spans"]:
             keep += cells[start - 1 : end - 1]
             targets += example["input_ids"][start:end]
+    supervised, spare = len(keep), width - 1  # nothing flows back from the first row's last cell
+    gather += [0] * (rows * width - len(gather))
+    for part, size, filling in (
+        (ids, "tokens", 0), (positions, "tokens", 0), (scatter, "tokens", spare),
+        (shared, "tokens", spare), (keep, "supervised", 0), (targets, "supervised", 0),
+    ):  # fmt: skip
+        part += [filling] * (-len(part) % step[size])
     joined = torch.tensor(list(itertools.chain(*parts)), device=device)  # one copy to the device
     first, second, *rest = joined.split([len(part) for part in parts])
-    return Pass(len(examples), width, seed, first[None], second[None], *rest)
+    weights = torch.arange(len(keep), device=device) < supervised if fill else None
+    return Pass(rows, width, supervised, seed, weights, first[None], second[None], *rest)
 
 
 def product(a: "Tensor", b: "Tensor") -> "Tensor":
@@ -1591,7 +1620,9 @@ def packed_attention(
     return select(cells, layout.scatter).view(1, -1, heads, size), None
 
 
-def head_loss(hidden: "Tensor", head: "torch.nn.Linear", targets: "Tensor") -> "Tensor":
+def head_loss(
+    hidden: "Tensor", head: "torch.nn.Linear", targets: "Tensor", weights: "Tensor | None" = None
+) -> "Tensor":
     """Return the sum of cross-entropies of a frozen LM head, a slice of positions at a time.
 
     The gradient of its input is known as soon as the logits are: probabilities minus targets, times
@@ -1601,14 +1632,18 @@ def head_loss(hidden: "Tensor", head: "torch.nn.Linear", targets: "Tensor") -> "
 
     slices = math.ceil(len(targets) / HEAD_CHUNK)  # even ones: small ones are slow
     total, gradients = torch.zeros((), device=hidden.device), []
+    weighed = [None] * slices if weights is None else weights[:, None].chunk(slices)
+    chunks = zip(hidden.chunk(slices), targets[:, None].chunk(slices), weighed, strict=False)
     with torch.no_grad():
-        for part, wanted in zip(hidden.chunk(slices), targets[:, None].chunk(slices), strict=True):
+        for part, wanted, weight in chunks:
             logits = torch.nn.functional.linear(part, head.weight, head.bias).float()
             normaliser = logits.logsumexp(-1, keepdim=True)
-            total += (normaliser - logits.gather(1, wanted)).sum()
+            losses = normaliser - logits.gather(1, wanted)
+            total += (losses if weight is None else losses * weight).sum()
             if hidden.requires_grad:
                 logits.sub_(normaliser).exp_()  # now the probabilities
                 logits.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=logits.dtype))
+                logits = logits if weight is None else logits.mul_(weight)
                 gradients.append(product(logits.to(head.weight.dtype), head.weight))
     if not gradients:
         return total
@@ -1662,8 +1697,11 @@ def install_engine(model: "PeftModel") -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, packed_attention)
-    base = base_of(model)
+    base: Any = base_of(model)
     base.set_attn_implementation(ATTENTION)
+    base.layers_run = torch.zeros((), dtype=torch.int64, device=base.device)
+    for layer in base.get_decoder().layers:
+        layer.register_forward_pre_hook(lambda *_: (base.layers_run.add_(1), None)[1])
     for number, module in enumerate(model.modules()):
         # An attribute of the instance wins over the method of its class.
         if isinstance(module, lora.Linear):
@@ -1736,7 +1774,7 @@ def pass_loss(model: "PeftModel", layout: Pass) -> "Tensor":
     ids, positions = layout.input_ids, layout.position_ids
     done = base.get_decoder()(input_ids=ids, position_ids=positions, layout=layout, use_cache=False)
     hidden = done.last_hidden_state[0].index_select(0, layout.keep)
-    return head_loss(hidden, base.get_output_embeddings(), layout.targets)
+    return head_loss(hidden, base.get_output_embeddings(), layout.targets, layout.weights)
 
 
 def evaluation_budget(budget: int, device: str) -> int:
@@ -1756,7 +1794,7 @@ def mean_loss(model: "PeftModel", examples: "datasets.Dataset", budget: int, dev
                 stop.raise_if_asked()
                 layout = lay_out([examples[i] for i in indices], device)
                 total += pass_loss(model, layout).item()
-                count += len(layout.targets)
+                count += layout.supervised
                 told(len(indices))
         return total / count
     except (RuntimeError, MemoryError) as error:
@@ -1769,8 +1807,7 @@ def mean_loss(model: "PeftModel", examples: "datasets.Dataset", budget: int, dev
 def prove_engine(model: "PeftModel", examples: "datasets.Dataset", device: str) -> None:
     """Compare the engine's losses with those of the model's and PEFT's own forward pass.
 
-    Architectures differ in ways that it cannot know of (capped logits, scaled heads). Proven on two
-    short rows and one too long for plain products; with random numbers, as a fresh adapter is idle.
+    Proven on two short rows and a long one; with random numbers, as a fresh adapter is idle.
     """
     import torch
 
@@ -1785,13 +1822,13 @@ def prove_engine(model: "PeftModel", examples: "datasets.Dataset", device: str) 
         for rows in ([examples[i] for i in group] for group in (order[:2], long[:1]) if group):
             layout, plain = lay_out(rows, device), 0.0
             with torch.inference_mode():
-                packed = pass_loss(model, layout).item() / len(layout.targets)
+                packed = pass_loss(model, layout).item() / layout.supervised
                 with engine_off(model):
                     for row in rows:
                         both = torch.tensor([[row["input_ids"]], [labels_of(row)]], device=device)
                         loss = base(input_ids=both[0], labels=both[1], use_cache=False).loss
                         plain += loss.item() * (both[1] >= 0).sum().item()
-            plain /= len(layout.targets)
+            plain /= layout.supervised
             log.info("  engine proof: loss %.5f packed, %.5f plain", packed, plain)
             if not abs(packed - plain) <= tolerance * max(plain, 0.1):
                 raise ValueError(f"loss {packed:.5f} against {plain:.5f} for the same examples")
@@ -1918,13 +1955,12 @@ ATTEMPTS = 5  # in a row without a new byte
 CONNECT_SECONDS, STALL_SECONDS = 10, 30  # for a connection; without one byte
 R2_DOMAIN = ".r2.cloudflarestorage.com"
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-OneOrMore = str | tuple[str, ...] | None
 
 
 class BucketError(FineTuningError):
     """Tell what came in place of an answer; `kind` says what may help.
 
-    "again": a later try, or a verified copy; "away": a copy only; "refused", "replaced": neither.
+    "again": a later try, or a copy; "away": a copy; "replaced": another choice; "refused": nothing.
     """
 
     def __init__(self, message: str, hint: str, kind: str) -> None:
@@ -1933,7 +1969,7 @@ class BucketError(FineTuningError):
 
 
 class StoredObject(NamedTuple):
-    """Describe one version of an object in a bucket, and what proved the copy of it, if any."""
+    """Describe one version of an object in a bucket."""
 
     host: str
     bucket: str
@@ -1941,17 +1977,19 @@ class StoredObject(NamedTuple):
     size: int
     etag: str
     last_modified: str  # ISO 8601, UTC
-    sha256: str = ""
-    verified_by: str = ""
+    sha256: str = ""  # of a verified copy
 
     def __str__(self) -> str:
-        return f"{shorten(self.key)}, {human_bytes(self.size)}, {str(self.last_modified)[:16]}"
+        return f"{shorten(self.key)}, {human_bytes(self.size)}, {self.last_modified[:16]}"
 
 
+Objects = list[StoredObject]
+Texts = Sequence[str]
 # --- asking the bucket
 
 GO_ON = "Check the internet connection, then run the same command again: it goes on from here."
-REPLACED = "The object is being replaced at every attempt to download it."
+REPLACED = "The object, or the rest of it, is no longer there: it was replaced meanwhile."
+UPLOADING = "Wait until its upload is over, then run the same command again."
 PLACE = "Check R2_ENDPOINT_URL or R2_ACCOUNT_ID"
 TOKENS = "Cloudflare dashboard > R2 > Manage API tokens"
 # fmt: off
@@ -1962,17 +2000,15 @@ ANSWERS = (
     ("InvalidAccessKeyId Unauthorized", "{host} does not know the access key ID.", f"Check R2_ACCESS_KEY_ID: the token may be deleted or expired ({TOKENS}).", "refused"),
     ("RequestTimeTooSkewed", "{host} refuses requests because this machine's clock is wrong.", "Set the clock (automatic date and time), then run the same command again.", "refused"),
     ("NoSuchBucket", "There is no bucket {bucket!r} at {host}.", "Check R2_BUCKET_NAME or --r2_bucket_name, and whether R2_ACCOUNT_ID is its account.", "refused"),
-    ("NoSuchKey", "The object is no longer in the bucket.", "Run the same command again to choose anew.", "refused"),
-    ("412", REPLACED, "Wait until its upload is over, then run the same command again.", "replaced"),
+    ("NoSuchKey InvalidRange 412 416", REPLACED, UPLOADING, "replaced"),
     ("AccessDenied", "{host} denies the access to bucket {bucket!r}.", f"Give the token the permission Object Read for this bucket. A bucket in a jurisdiction needs R2_ENDPOINT_URL=https://<account id>.eu{R2_DOMAIN} (or .us, .fedramp).", "refused"),
     ("408 429 500 502 503 504 520 521 522 523 524 RequestTimeout", "{host} answered {said}.", "The server is busy or broken for now, or a login page stands in its place; run the same command again later.", "again"),
-    ("ProxyConnectionError LocationValueError", "The proxy on the way to {host} cannot be used: {said}.", "Check the variables HTTPS_PROXY and HTTP_PROXY.", "away"),
+    ("ProxyConnectionError LocationValueError", "The proxy on the way to {host} cannot be used, or that is no address.", "Check HTTPS_PROXY and HTTP_PROXY (like http://host:port, not SOCKS), and the port in R2_ENDPOINT_URL.", "away"),
     ("SSLEOFError", "The connection to {host} broke: {said}.", GO_ON, "again"),
     ("SSLError", "No secure connection to {host}: {said}.", PLACE + "; then whether a proxy, a firewall or a login page stands between (its certificate: AWS_CA_BUNDLE=FILE).", "away"),
     ("gaierror", "The name {host} cannot be found.", "Check the internet connection, then R2_ACCOUNT_ID or R2_ENDPOINT_URL.", "again"),
     ("ConnectionRefusedError", "{host} refuses connections.", PLACE + " (host and port), and a proxy in HTTPS_PROXY.", "away"),
-    ("ConnectTimeoutError", f"{{host}} does not answer: no connection within {CONNECT_SECONDS} s.", GO_ON, "again"),
-    ("TimeoutError", f"The connection to {{host}} stalled: nothing came for {STALL_SECONDS} s.", GO_ON, "again"),
+    ("ConnectTimeoutError TimeoutError", f"{{host}} is silent: no connection within {CONNECT_SECONDS} s, or nothing came for {STALL_SECONDS} s.", GO_ON, "again"),
     ("OSError HTTPError HTTPClientError ConnectionError IncompleteReadError", "The connection to {host} broke: {said}.", GO_ON, "again"),
     ("", "{host} does not answer like an S3 server: {said}.", PLACE + " and R2_BUCKET_NAME. A login page of the network can be the reason, too.", "away"),
 )
@@ -1987,10 +2023,10 @@ def bucket_errors(client: Any, bucket: str) -> Iterator[None]:
     from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError
 
-    foreign = (BotoCoreError, ClientError, ResponseParserError, HTTPError, LookupError)
+    foreign = (BotoCoreError, ClientError, ResponseParserError, HTTPError)
     try:
         yield
-    except (*foreign, OSError, ValueError) as error:
+    except (*foreign, LookupError, ValueError, OSError) as error:
         causes: list[BaseException] = [error]
         while causes[-1].__cause__ or causes[-1].__context__:
             causes.append(causes[-1].__cause__ or causes[-1].__context__ or error)
@@ -2006,7 +2042,7 @@ def bucket_errors(client: Any, bucket: str) -> Iterator[None]:
         raise BucketError(message, row[2], row[3]) from error
 
 
-def keep_trying(request: "Callable[[], T]", progress: "Callable[[], int]" = int) -> "T":
+def keep_trying(request: "Callable[[], T]", kind: str, progress: "Callable[[], int]" = int) -> "T":
     """Repeat a request until it succeeds or has failed ATTEMPTS times in a row without progress."""
     best, failures = progress(), 0
     while True:
@@ -2015,21 +2051,19 @@ def keep_trying(request: "Callable[[], T]", progress: "Callable[[], int]" = int)
         except BucketError as error:
             failures = 1 if progress() > best else failures + 1
             best = max(best, progress())
-            if error.kind != "again" or failures >= ATTEMPTS:
+            if error.kind != kind or failures >= ATTEMPTS:
                 raise
             log.info("  %s Attempt %d of %d failed.", error, failures, ATTEMPTS)
             log.debug("What failed", exc_info=error)
             time.sleep(random.uniform(0, 2 ** (failures - 1)))  # noqa: S311
 
 
-HOST = r"(?i:\[[\da-f:]+\]|[a-z\d_-]{1,63}(\.[a-z\d_-]{1,63})*\.?)(:\d{1,5})?"
-
-
-def r2_variables() -> "tuple[str, str, str, str]":
+def r2_variables(bucket: str) -> "tuple[str, str, str, str]":
     """Return account, endpoint, key and secret, without what copying leaves around them."""
     names = ("R2_ACCOUNT_ID", "R2_ENDPOINT_URL", "R2_ACCESS_KEY_ID", "R2_SECRET_ACCESS_KEY")
     account, given, key, secret = (os.environ.get(n, "").strip(" \t\r\n'\"") for n in names)
-    return account, given.rstrip("/") or f"https://{account}{R2_DOMAIN}", key, secret
+    endpoint = given.rstrip("/").removesuffix(f"/{bucket}")  # Cloudflare shows the two together
+    return account, endpoint or f"https://{account}{R2_DOMAIN}", key, secret
 
 
 def open_client(bucket: str) -> Any:
@@ -2037,28 +2071,21 @@ def open_client(bucket: str) -> Any:
     from botocore.config import Config
     from botocore.session import Session
 
-    account, endpoint, key, secret = r2_variables()
-    remember_secrets(key, secret)
-    sizes = ("{32}", "{64}") if endpoint.endswith(R2_DOMAIN) else "++"
-    scheme, _, rest = endpoint.partition("://")
-    bypass = urllib.request.proxy_bypass(rest.partition("/")[0])
-    proxy = None if bypass else urllib.request.getproxies().get(scheme)
-    whole = rf"(?!.*({re.escape(R2_DOMAIN)}/|/{re.escape(bucket)}$))https?://{HOST}(/[^?#]*)?"
-    place = ("ENDPOINT_URL", endpoint, whole, f"like https://<account id>{R2_DOMAIN}, no bucket")
+    account, endpoint, key, secret = r2_variables(bucket)
+    remember_secrets(key, secret, *(p for p in urllib.request.getproxies().values() if "@" in p))
+    label, wrong = r"(?!-)[a-z\d-]{1,63}(?<!-)", []
+    server = rf"(?i:https?://(\[[\da-f:]+\]|{label}(\.{label})*\.?)(:\d{{1,5}})?(/[^?#]*)?)"
+    place = ("ENDPOINT_URL", endpoint, server, f"like https://<account id>{R2_DOMAIN}")
     if endpoint == f"https://{account}{R2_DOMAIN}":
-        place = ("ACCOUNT_ID", account, "[0-9a-fA-F]{32}", "the account's 32 hexadecimal digits")
-    wrong = []
+        place = ("ACCOUNT_ID", account, r"[\da-fA-F]{32}", "the account's 32 hexadecimal digits")
     for name, value, pattern, words in (
-        place,
-        ("ACCESS_KEY_ID", key, "[!-~]" + sizes[0], "one word, of 32 characters on R2"),
-        ("SECRET_ACCESS_KEY", secret, "[!-~]" + sizes[1], "one word, of 64 characters on R2"),
+        place, ("ACCESS_KEY_ID", key, "[!-~]+", "one word"),
+        ("SECRET_ACCESS_KEY", secret, "[!-~]+", "one word"),
         ("BUCKET_NAME", bucket, "[A-Za-z0-9._-]+", "a bucket's name"),
-    ):
+    ):  # fmt: skip
         if not re.fullmatch(pattern, value):
             what = f"must be {words}; its {len(value)} characters are not"
             wrong.append(f"R2_{name} {what if value else 'is missing'}")
-    if proxy and not re.fullmatch(f"(https?://)?([^@/]*@)?{HOST}/?", proxy):
-        wrong.append(f"{scheme.upper()}_PROXY must be like http://host:port, not SOCKS")
     if wrong:
         message = f"The access to R2 is not set up: {'; '.join(wrong)}."
         hint = f"Put the values of {TOKENS} into .env (see .env.example), or use --data_path FILE."
@@ -2071,56 +2098,47 @@ def open_client(bucket: str) -> Any:
         request_checksum_calculation="when_required", response_checksum_validation="when_required",
     )  # fmt: skip
     # The user's own AWS profile and files have no say here, broken or not.
-    nowhere = (None, None, os.devnull, None)
-    variables = {"config_file": nowhere, "credentials_file": nowhere, "profile": (None,) * 4}
-    keys = {"aws_access_key_id": key, "aws_secret_access_key": secret}
-    session = Session(session_vars=variables)
-    return session.create_client("s3", "auto", endpoint_url=endpoint, config=config, **keys)
+    nowhere, none = (None, None, os.devnull, None), (None, None, None, None)
+    own = {"config_file": nowhere, "credentials_file": nowhere, "profile": none}
+    return Session(session_vars=own).create_client(
+        "s3", "auto", endpoint_url=endpoint, config=config,
+        aws_access_key_id=key, aws_secret_access_key=secret,
+    )  # fmt: skip
 
 
-def list_objects(client: Any, bucket: str, prefix: str) -> "list[StoredObject]":
-    """Return the objects whose key starts with `prefix`."""
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    host = urllib.parse.urlsplit(client.meta.endpoint_url).netloc
-
-    def read() -> "list[StoredObject]":
-        found = []
-        with bucket_errors(client, bucket):
-            for page in pages:
-                if "IsTruncated" not in page:
-                    raise OSError("what came is no whole listing")
-                for o in page.get("Contents", []):
-                    version = o["Size"], o["ETag"].strip('"'), o["LastModified"].isoformat()
-                    found.append(StoredObject(host, bucket, o["Key"], *version))
-        return found
-
-    return keep_trying(read)
+def list_objects(client: Any, bucket: str, prefixes: Texts) -> Objects:
+    """Return the objects whose key starts with one of the prefixes."""
+    found, host = {}, urllib.parse.urlsplit(client.meta.endpoint_url).netloc
+    pages = client.get_paginator("list_objects_v2").paginate
+    with bucket_errors(client, bucket):
+        for page in (page for p in prefixes for page in pages(Bucket=bucket, Prefix=p)):
+            if "IsTruncated" not in page:
+                raise OSError("what came is no whole listing")
+            for o in page.get("Contents", []):
+                version = o["Size"], o["ETag"].strip('"'), o["LastModified"].isoformat()
+                found[o["Key"]] = StoredObject(host, bucket, o["Key"], *version)
+    return list(found.values())
 
 
-def choose_objects(
-    objects: Sequence[StoredObject], names: Sequence[str], prefix: str
-) -> "list[StoredObject]":
+def choose_objects(objects: Objects, names: Texts, prefix: str) -> Objects:
     """Choose by names (a key or its end); else the newest called Alpaca, else the newest."""
     there, chosen = [o for o in objects if o.size], []
     for name in names:
         fitting = [o for o in there if f"/{o.key}".endswith(f"/{name}")]
-        found = [o for o in fitting if o.key == name] or fitting
-        if len(found) != 1:
-            near = difflib.get_close_matches(name, [o.key for o in found or there], 3, 0)
-            what = (
-                f"dataset_name {name!r} fits {len(found)} of the {len(there)} objects with content"
-            )
+        fitting = [o for o in fitting if o.key == name] or fitting
+        if len(fitting) != 1:
+            near = difflib.get_close_matches(name, [o.key for o in fitting or there], 3, 0)
+            what = f"{name!r} fits {len(fitting)} of the {len(there)} objects with content"
             hint = f"Choose {' or '.join(map(repr, near)) or 'another prefix'}."
-            raise FineTuningError(f"{what} under {prefix!r}.", hint)
-        chosen += found
+            raise FineTuningError(f"dataset_name {what} under {prefix!r}.", hint)
+        chosen += fitting
     usable = [o for o in there if o.key.lower().endswith(DATA_SUFFIXES)]
-    alpaca = [o for o in usable if "alpaca" in o.key[len(prefix) :].lower()]
     if not names and not usable:
         held = "; ".join(map(str, objects[:3])) or "nothing"
         what = f"No data set ({', '.join(DATA_SUFFIXES)}) is under {prefix!r}, which holds {held}."
-        raise FineTuningError(
-            what, "Check --r2_data_prefix and R2_BUCKET_NAME, or use --data_path."
-        )
+        hint = "Check --r2_data_prefix and R2_BUCKET_NAME, or use --data_path."
+        raise FineTuningError(what, hint)
+    alpaca = [o for o in usable if "alpaca" in o.key[len(prefix) :].lower()]
     return chosen or [max(alpaca or usable, key=lambda o: (o.last_modified, o.key))]
 
 
@@ -2136,99 +2154,81 @@ def copy_path(folder: Path, stored: StoredObject) -> Path:
 
 def read_copy(info: Path) -> "StoredObject | None":
     """Return what a copy's record (NAME.info) says, its bytes proven again; else None."""
-    path, odd = info.with_suffix(""), (LookupError, TypeError, ValueError, AttributeError)
-    with contextlib.suppress(FineTuningError, OSError, *odd):
+    path = info.with_suffix("")
+    with contextlib.suppress(FineTuningError, OSError, AttributeError):
         copy = StoredObject._make(map(read_json(info).get, StoredObject._fields))
         # The file's name holds digests of what the record says.
         if copy_path(info.parent, copy) == path and sha256_of(path) == copy.sha256:
-            return copy
+            return copy._replace(last_modified=str(copy.last_modified))
     if info.exists():
         log.warning("  The cached copy %s is damaged: it is not used", path)
     return None
 
 
-def find_objects(
-    bucket: str, prefix: str, names: Sequence[str], cache: Path
-) -> "tuple[Any, list[StoredObject], str]":
+def find_objects(bucket: str, prefix: str, names: Texts, cache: Path) -> "tuple[Any, Objects, str]":
     """Return a client, the chosen objects and why; without the bucket, None and verified copies."""
+    prefixes = (prefix, *(name for name in names if "/" in name))  # whole keys may lie elsewhere
     try:
         client = open_client(bucket)
-        objects = list_objects(client, bucket, prefix)
+        objects = keep_trying(lambda: list_objects(client, bucket, prefixes), "again")
+        chosen = choose_objects(objects, names, prefix)
         why = "by name" if names else "the newest, if possible with 'alpaca' in its name"
-        return client, choose_objects(objects, names, prefix), f"{why}, of {len(objects)} objects"
+        told = f"{'; '.join(map(str, chosen))} ({why}, of {len(objects)} objects)"
+        return client, chosen, f"Chosen in {bucket}: {told}"
     except BucketError as error:
-        host = urllib.parse.urlsplit(r2_variables()[1]).netloc
+        if error.kind == "refused":
+            raise
         # Without an account id, R2's own domain stands alone: any account's copy is the one.
-        known = [
-            c for c in map(read_copy, cache.glob("*.info")) if c and host in (R2_DOMAIN, c.host)
-        ]
-        known = [c for c in known if c.bucket == bucket and c.key.startswith(prefix)]
-        newest = {c.key: c for c in sorted(known, key=lambda c: str(c.last_modified))}
+        host = urllib.parse.urlsplit(r2_variables(bucket)[1]).netloc
+        known = [c for c in map(read_copy, cache.glob("*.info")) if c and c.bucket == bucket]
+        known = [c for c in known if c.key.startswith(prefixes) and host in (c.host, R2_DOMAIN)]
+        newest = {c.key: c for c in sorted(known, key=lambda c: c.last_modified)}
         with contextlib.suppress(FineTuningError):
-            if error.kind != "refused":
-                copies = choose_objects([*newest.values()], names, prefix)
-                return None, copies, f"{error} {error.hint}"
+            chosen = choose_objects([*newest.values()], names, prefix)
+            told = f"Verified copies are used: {'; '.join(map(str, chosen))}"
+            return None, chosen, f"{error} {error.hint} {told}"
         raise
 
 
-def each_of(value: OneOrMore) -> "tuple[str, ...]":
+def each_of(value: "str | tuple[str, ...] | None") -> "tuple[str, ...]":
     """Return a setting that is one text or several as several."""
     return (value,) if isinstance(value, str) else value or ()
 
 
-def check_files(paths: Sequence[str]) -> "list[int]":
+def check_files(paths: Texts) -> "list[int]":
     """Return the sizes of local data files; refuse what cannot be one, all at once."""
-    sizes, problems, near = [], [], []
+    sizes, problems = [], []
     for path in map(Path, paths):
-        what = ""
         try:
             sizes.append(path.stat().st_size)
-            if not path.is_file():
-                what = "is a folder, not a file" if path.is_dir() else "is not a regular file"
-            else:
-                path.open("rb").close()
-                what = "" if sizes[-1] else "is empty (0 bytes)"
-        except FileNotFoundError:
-            what = "does not exist"
-            near += difflib.get_close_matches(str(path), map(str, path.parent.glob("*")), 2)
+            if not path.is_file() or not sizes[-1]:
+                raise ValueError("it is empty (0 bytes)" if path.is_file() else "it is not a file")
+            path.open("rb").close()
         except (OSError, ValueError) as error:
-            what = f"cannot be read: {getattr(error, 'strerror', error)}"
-        problems += [f"{shorten(str(path), 300)} {what}."] if what else []
+            beside = path.parent.glob("*") if isinstance(error, FileNotFoundError) else ()
+            said = getattr(error, "strerror", error), nearest(str(path), map(str, beside))
+            problems.append("{} cannot be read: {}{}".format(shorten(str(path), 300), *said))
     if problems:
-        hint = f"Did you mean {shorten(' or '.join(near), 400)}?" if near else "Check --data_path."
-        raise FineTuningError(" ".join(problems), hint)
+        raise FineTuningError("; ".join(problems), "Check --data_path.")
     return sizes
 
 
-def check_data(
-    data_path: OneOrMore, dataset_name: OneOrMore, bucket_name: str, prefix: str, cache_dir: str
-) -> Check:
+def check_data(paths: Texts, names: Texts, bucket: str, prefix: str, cache: Path) -> Check:
     """Check that stage 2 will find the data: local files, the bucket's objects, or their copies."""
-    name = "data" if data_path else "R2 bucket"
-    try:
-        if data_path:
-            total = human_bytes(sum(check_files(each_of(data_path))))
-            return Check(name, "ok", f"{total} in local files; R2 is not used")
-        names, cache = each_of(dataset_name), Path(cache_dir)
-        client, chosen, why = find_objects(bucket_name, prefix, names, cache)
-    except FineTuningError as error:
-        return Check(name, "failed", str(error), error.hint)
-    shown = "; ".join(map(str, chosen))
-    if client:
-        return Check(name, "ok", f"{bucket_name} can be listed: {shown} ({why})")
-    return Check(name, "warning", f"{why} Verified copies will be used: {shown}")
+    if paths:
+        total = human_bytes(sum(check_files(paths)))
+        return Check("data", "ok", f"{total} in local files; R2 is not used")
+    client, _, why = find_objects(bucket, prefix, names, cache)
+    return Check("R2 bucket", "ok" if client else "warning", why)
 
 
 # --- memory: what a run needs, from the base model's numbers alone
 
 RUNTIME_BYTES = 550_000_000  # Python and its packages
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-SMALLEST_BUDGET = 256  # tokens; smaller passes are slow
 
 
 class MemoryPlan(NamedTuple):
-    """Say how a run fits into the memory."""
-
     budget: int  # tokens of a forward pass
     recompute: bool  # activations
     peak: int  # bytes
@@ -2255,9 +2255,8 @@ def plan_memory(
 ) -> MemoryPlan:  # fmt: skip
     """Choose the tokens of a forward pass so that the run fits into the machine's memory.
 
-    The user grants `granted` tokens. Where those would take too much, the budget is halved, down to
-    the longest example; then activations are recomputed (`recompute` "auto"). `lengths` are the
-    training examples' tokens, `batch` of which make a step; without them passes count as full.
+    Where the `granted` tokens would take too much, the budget is halved, down to the longest of the
+    training examples (`lengths`, `batch` of which make a step); then activations are recomputed.
     """
     width, trainable = DTYPE_BYTES[dtype], base.adapter_parameters(rank, targets)
     longest = max(lengths, default=max_seq_length)
@@ -2281,14 +2280,11 @@ def plan_memory(
         return fixed + tokens * (kept + feed_forward)
 
     total, limit = machine_memory(device)
-    floor, budget, again = max(SMALLEST_BUDGET, longest), granted, recompute == "on"
-    while estimate(budget, again) > limit:
-        if budget // 2 >= floor:
-            budget //= 2
-        elif recompute == "auto" and not again:
-            again = True
-        else:
-            break
+    plans, floor = [(granted, recompute == "on")], max(256, longest)  # smaller passes are slow
+    while plans[-1][0] // 2 >= floor:
+        plans.append((plans[-1][0] // 2, recompute == "on"))
+    plans += [(plans[-1][0], True)] if recompute == "auto" else []
+    budget, again = next((plan for plan in plans if estimate(*plan) <= limit), plans[-1])
     peak = estimate(budget, again)
     if device != "cuda" and abs(base.file_bytes - weights) > 0.1 * weights:
         # While it loads, the file's pages stand beside weights of another dtype.
@@ -2304,39 +2300,135 @@ SELF_TEST = "_self-test"  # the command word of the child process
 SELF_TEST_SECONDS = 180
 
 
-def run_self_test(device: str, dtype: str) -> None:
-    """Print what a tiny Llama's training gets wrong on a device, as JSON (in a child process)."""
+def self_test_models(device: str, dtype: str, seed: int, vocabulary: int) -> "list[Any]":
+    """Return a small Llama with a random adapter twice: plain on the CPU, with the engine there."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes: Any = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256}
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    examples = [Example(input_ids=[*range(n, 30)], spans=[[5, 30 - n]]) for n in (1, 4, 9)]
-    losses = []
+    sizes: Any = {"vocab_size": vocabulary, "hidden_size": 128, "intermediate_size": 256}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    models: list[Any] = []
     for place, width in (("cpu", "float32"), (device, dtype)):
-        torch.manual_seed(0)
-        base: Any = LlamaForCausalLM(LlamaConfig(**sizes))
-        base = base.to(place, getattr(torch, width))
-        model = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj", "o_proj"]))
-        install_engine(model)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-        layout = lay_out(examples, place)
-        for _ in range(2):
-            optimizer.zero_grad()
-            loss = pass_loss(model, layout) / len(layout.targets)
+        torch.manual_seed(seed)
+        base: Any = LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.05))
+        base.get_input_embeddings().weight.data *= 4
+        shape: Any = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1}
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        model = get_peft_model(base, LoraConfig(target_modules=targets, **shape))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+            elif "lora_A" not in name:
+                parameter.data = parameter.data.to(getattr(torch, width))
+        base.get_input_embeddings().weight.requires_grad_(True)  # its gradient is that of the input
+        models.append(model.to(place).eval())
+    install_engine(models[1])
+    return models
+
+
+def step_of_adamw(model: Any, other: Any, device: str) -> "list[Tensor]":
+    """Return the adapter after a step along the gradients of another model."""
+    import torch
+
+    both = zip(model.named_parameters(), other.parameters(), strict=True)
+    pairs = [(p, q.grad) for (name, p), q in both if q.grad is not None and "lora" in name]
+    for parameter, gradient in pairs:
+        parameter.grad = gradient.to(parameter.device)
+    moved = [parameter for parameter, _ in pairs]
+    torch.optim.AdamW(moved, lr=0.01, fused=device == "mps" or None).step()
+    return [parameter.detach().cpu() for parameter in moved]
+
+
+def plain_gradients(model: Any, batch: Sequence[Example]) -> "list[Any]":
+    """Return the mean loss of a batch and its gradients as transformers and PEFT compute them."""
+    import torch
+
+    model.zero_grad()
+    total, count = torch.zeros(()), 0
+    for example in batch:
+        labels = torch.tensor(labels_of(example)[1:])
+        logits = model(input_ids=torch.tensor([example["input_ids"]])).logits[0, :-1]
+        total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        count += int((labels >= 0).sum())
+    (total / count).backward()
+    trained = [p.grad for p in model.parameters() if p.requires_grad]
+    return [total.detach() / count, *trained]
+
+
+def find_fault(
+    device: str, dtype: str, seed: int = 0, size: int = 32_000, world: Any = contextlib.nullcontext
+) -> str:
+    """Return what a device gets wrong of training and answering, in words; "" for nothing.
+
+    Losses and gradients are compared with those of transformers and PEFT on the CPU, for both kinds
+    of attention and more targets than a slice of the head. `world()` stands around the device.
+    """
+    import torch
+
+    chance, tolerance = random.Random(seed), TOLERANCE[dtype]  # noqa: S311
+    plain, tested = self_test_models(device, dtype, seed, size)
+    trained = [p for p in tested.parameters() if p.requires_grad]
+
+    def make(lengths: Iterable[int]) -> "list[Example]":
+        rows = ([1, 5, 9, *(chance.randrange(3, size) for _ in range(n))] for n in lengths)
+        return [Example(input_ids=row, spans=[[4, 9], [len(row) // 2, len(row)]]) for row in rows]
+
+    def gradients(batch: "list[Example]", dropout: int = 0) -> "list[Any]":
+        with world():
+            tested.zero_grad()
+            layout = lay_out(batch, device, dropout)
+            loss = pass_loss(tested.train(dropout > 0), layout) / layout.supervised
             loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-    problem = None
-    for wanted, found in zip(losses[:2], losses[2:], strict=True):
-        if not abs(found - wanted) <= TOLERANCE[dtype] * abs(wanted):  # NaN differs, too
-            problem = f"the self-test gave {found:.4f} where the CPU gives {wanted:.4f}"
-    sys.stdout.write(json.dumps({"problem": problem}) + "\n")
+            return [loss.detach().float().cpu()] + [p.grad.float().cpu() for p in trained]
+
+    def differ(found: "Sequence[Any]", wanted: "Sequence[Any]", limit: float) -> bool:
+        pairs = zip(found, wanted, strict=True)
+        return not all((f - w).norm() <= limit * w.norm() for f, w in pairs)  # NaN differs, too
+
+    short, long = make(range(20, 60, 5)), make([LONGEST_MATH_ROW + 45] * 4)
+    for batch, what in ((short, "short rows"), (long, "long rows"), (short, "a shape once more")):
+        wanted = plain_gradients(plain, batch)
+        found = gradients(batch)
+        if differ(found[:1], wanted[:1], tolerance):
+            return f"the loss of {what} is {found[0]:.4f} where the CPU has {wanted[0]:.4f}"
+        if differ(found, wanted, 3 * tolerance):
+            return f"a gradient of {what} is not the CPU's"
+        with torch.inference_mode(), world():
+            layout = lay_out(batch, device)
+            loss = (pass_loss(tested.eval(), layout) / layout.supervised).float().cpu()
+        if differ([loss], wanted[:1], tolerance):
+            return f"the loss of {what} without gradients is {loss:.4f} instead of {wanted[0]:.4f}"
+    first, other = gradients(short, 5), gradients(short, 6)
+    if not differ(other[1:], first[1:], tolerance) or differ(gradients(short, 5), first, tolerance):
+        return "dropout does not follow its seed"
+    recompute_activations(tested)
+    if differ(gradients(short, 5), first, tolerance):
+        return "gradients with recomputed activations are others"
+    with world():
+        gradient = step_of_adamw(tested, plain, device)
+    different = differ(gradient, step_of_adamw(plain, plain, "cpu"), 1e-4)
+    return "a step of AdamW is not the CPU's" * different
+
+
+def run_self_test(device: str, dtype: str) -> None:
+    """Print what a device gets wrong, as JSON (in a child process)."""
+    sys.stdout.write(json.dumps({"problem": find_fault(device, dtype) or None}) + "\n")
 
 
 def self_test(device: str, dtype: str) -> "str | None":
-    """Train a tiny Llama in a child, which may hang or crash; return what is wrong, or None."""
+    """Let a child, which may hang or crash, test a device; return what is wrong, or None.
+
+    That a GPU passed is remembered for this system and PyTorch.
+    """
+    import torch
+
+    record, known = PROGRAM_FOLDER / "cache" / "self_test.json", dict[str, Any]()
+    key = " ".join([device, dtype, platform.platform(), torch.__version__, __version__])
+    with contextlib.suppress(FineTuningError):
+        known = read_json(record) if device != "cpu" else {}
+    if known.get(key) == "passed":
+        return None
     command = [sys.executable, str(Path(__file__).resolve()), SELF_TEST, device, dtype]
     options: Any = {"capture_output": True, "text": True, "timeout": SELF_TEST_SECONDS}
     try:
@@ -2348,9 +2440,13 @@ def self_test(device: str, dtype: str) -> "str | None":
         reason = (child.stderr.strip().splitlines() or ["no message"])[-1]
         return f"the self-test crashed (exit code {child.returncode}: {reason})"
     try:
-        return typing.cast("str | None", json.loads(child.stdout.splitlines()[-1])["problem"])
+        problem = json.loads(child.stdout.splitlines()[-1])["problem"]
     except (ValueError, LookupError, TypeError):
         return "the self-test gave no answer"
+    if problem is None and device != "cpu":
+        with contextlib.suppress(FineTuningError, OSError):  # a folder that cannot be written
+            write_whole(record, known | {key: "passed"}, "")
+    return problem and f"the self-test failed: {problem}"
 
 
 def emulates_bf16(device: str) -> bool:
@@ -2415,31 +2511,26 @@ def check_packages(report_to: str) -> Check:
     """Compare the installed packages with the tested pins that apply to this machine."""
     from importlib import metadata
 
-    path, other = PROGRAM_FOLDER / "requirements-finetuning.txt", []
-    lacking = [] if report_to == "none" or importlib.util.find_spec(report_to) else [report_to]
+    path = PROGRAM_FOLDER / "requirements-finetuning.txt"
+    whole = f"{sys.executable} -m pip install -r {path}"
     try:
         from packaging.requirements import Requirement
 
-        lines = (line.partition("#")[0].strip() for line in path.read_text("utf-8").splitlines())
-        known = map(Requirement, filter(None, lines))
+        lines = [*path.read_text("utf-8").splitlines(), report_to.replace("none", "")]
+        known = map(Requirement, filter(None, (line.partition("#")[0].strip() for line in lines)))
         pins = [pin for pin in known if not pin.marker or pin.marker.evaluate()]
-    except (OSError, ValueError) as error:
-        return Check("packages", "warning", f"{path.name} cannot be read: {error}", "Restore it.")
-    except ImportError:
-        lacking, pins = [*lacking, "packaging"], []
-    for pin in pins:
-        try:
-            found = metadata.version(pin.name)
-        except metadata.PackageNotFoundError:
-            lacking.append(f"{pin.name}{pin.specifier}")
-        else:
-            if not pin.specifier.contains(found, True):
-                other.append(f"{pin.name} {found} (tested: {pin.specifier})")
-    told = f"missing: {', '.join(lacking)}" if lacking else f"not as tested: {', '.join(other)}"
-    hint = f"{sys.executable} -m pip install "
-    hint += shlex.join(lacking) if lacking else f"-r {path}"
-    if lacking or other:
-        return Check("packages", "failed" if lacking else "warning", told, hint)
+    except (OSError, ValueError, ImportError) as error:
+        outcome: Any = "failed" if isinstance(error, ImportError) else "warning"
+        return Check("packages", outcome, f"{path.name} cannot be read: {error}", whole)
+    there = {p: next((d.version for d in metadata.distributions(name=p.name)), "") for p in pins}
+    lacking = [f"{pin.name}{pin.specifier}" for pin in pins if not there[pin]]
+    other = [pin for pin in pins if not pin.specifier.contains(there[pin] or "0", True)]
+    if lacking:
+        hint = f"{sys.executable} -m pip install {shlex.join(lacking)}"
+        return Check("packages", "failed", f"missing: {', '.join(lacking)}", hint)
+    told = ", ".join(f"{pin.name} {there[pin]} (tested: {pin.specifier})" for pin in other)
+    if told:
+        return Check("packages", "warning", f"not as tested: {told}", whole)
     return Check("packages", "ok", f"all {len(pins)} at their tested versions")
 
 
@@ -2452,7 +2543,7 @@ def environment_files() -> "list[Path]":
 def check_folders(output: Path, cache: Path, model_name: str) -> Iterator[Check]:
     """Check that both can be written, and that nothing would be replaced but a run's own files."""
     problems = {}
-    for folder in (output, cache):
+    for folder in (cache, output):
         parent = existing_parent(folder)
         try:
             tempfile.TemporaryFile(dir=parent).close()
@@ -2466,16 +2557,15 @@ def check_folders(output: Path, cache: Path, model_name: str) -> Iterator[Check]
             ours += RUN_FILES if "provenance" in read_json(output / CONFIG_FILE) else []
         named = sorted([*output.glob("checkpoint-*"), *(output / name for name in RUN_FILES)])
         foreign = [path.name for path in named if path.exists() and path.name not in ours]
-        if output.is_dir() and Path(model_name).is_dir() and output.samefile(model_name):
+        if output.resolve() == Path(model_name).resolve():
             foreign = ["the base model itself"]
         if foreign:
             problems[output] = f"{output} holds what no run wrote and this one would replace: "
             problems[output] += ", ".join(foreign[:5])
     for name, folder in (("output_dir", output), ("cache_dir", cache)):
-        told, hint = f"{folder} can be written", f"Give another folder with --{name}."
-        yield Check(
-            name, "failed" if folder in problems else "ok", problems.get(folder, told), hint
-        )
+        outcome: Any = "failed" if folder in problems else "ok"
+        told = problems.get(folder, f"{folder} can be written")
+        yield Check(name, outcome, told, f"Give another folder with --{name}.")
     for path in environment_files():
         if path.stat().st_mode & 0o077:
             hint = f"chmod 600 {shlex.quote(str(path))}"
@@ -2484,18 +2574,15 @@ def check_folders(output: Path, cache: Path, model_name: str) -> Iterator[Check]
 
 def check_disk(output: Path, cache: Path, least_gb: float, adapter: int, kept: int) -> Check:
     """Check the free space, which `kept` checkpoints of an adapter must fit into, too."""
-    from huggingface_hub import constants
-
-    places = {"output_dir": output, "cache_dir": cache, "models": Path(constants.HF_HUB_CACHE)}
-    free = {name: shutil.disk_usage(existing_parent(path)).free for name, path in places.items()}
+    # Not where the hub's models lie: the base is whole by now, and no more is written there.
+    free, spare = (shutil.disk_usage(existing_parent(path)).free for path in (output, cache))
     # Weights, the best ones so far and AdamW's two moments in fp32; one more than are kept, since
     # a checkpoint is written before the oldest is deleted; and the adapter itself.
     need = (kept + 1) * (adapter * 16 + 1_000_000) + adapter * 4
     there = sum(file.stat().st_size for file in output.glob("checkpoint-*/*"))
-    short = need > free["output_dir"] + there or min(free.values()) < least_gb * 1e9
-    told = ", ".join(f"{human_bytes(size)} free for {name}" for name, size in free.items())
-    told += f"; {human_bytes(need)} needed for {kept} checkpoints and the adapter, "
-    told += f"{least_gb:g} GB are asked for"
+    short = need > free + there or min(free, spare) < least_gb * 1e9
+    told = f"{human_bytes(free)} free for output_dir, {human_bytes(spare)} for cache_dir; {kept} "
+    told += f"checkpoints and the adapter need {human_bytes(need)}, {least_gb:g} GB are asked for"
     hint = "Free some space, or choose other folders, --save_total_limit 1 or --min_disk_gb 1."
     return Check("disk", "failed" if short else "ok", told, hint)
 
@@ -2525,6 +2612,7 @@ def check_training(
 def run_preflight(config: FineTuningConfig) -> PreflightReport:
     """Check everything a run needs and choose the device; raise once, with all that is wrong."""
     output, cache, length = Path(config.output_dir), Path(config.cache_dir), config.max_seq_length
+    paths, names = each_of(config.data_path), each_of(config.dataset_name)
     base, targets, device, dtype = None, config.target_modules, "", dtype_of(config)
     checks = [check_packages(config.report_to)]
 
@@ -2539,16 +2627,17 @@ def run_preflight(config: FineTuningConfig) -> PreflightReport:
     if checks[0].outcome != "failed":  # the other checks need the packages
         quiet_libraries()
         checks += check_folders(output, cache, config.model_name)
-        data = (config.data_path, config.dataset_name, config.r2_bucket_name)
-        checks.append(check_data(*data, config.r2_data_prefix, config.cache_dir))
+        with attempt("data" if paths else "R2 bucket"):
+            bucket, prefix = config.r2_bucket_name, config.r2_data_prefix
+            checks.append(check_data(paths, names, bucket, prefix, cache))
         with attempt("base model"):
             base = open_base_model(config.model_name)
             where = f"{config.model_name} in {base.folder} ({human_bytes(base.file_bytes)})"
             checks.append(Check("base model", "ok", where))
-        adapter = base.adapter_parameters(config.lora_r, targets) if base else 0
         with attempt("disk"):
-            disk = (config.min_disk_gb, adapter, config.save_total_limit)
-            checks.append(check_disk(output, cache, *disk))
+            adapter = base.adapter_parameters(config.lora_r, targets) if base else 0
+            kept = config.save_total_limit
+            checks.append(check_disk(output, cache, config.min_disk_gb, adapter, kept))
         with attempt("device"):
             check, device, dtype = check_device(config.device, dtype)
             checks.append(check)
@@ -2556,18 +2645,18 @@ def run_preflight(config: FineTuningConfig) -> PreflightReport:
             start = (config.resume, config.init_adapter)
             checks += check_training(base, targets, length, *start) if base else []
     if base and device:
-        granted = config.per_device_train_batch_size * length
         plan = plan_memory(
-            base, rank=config.lora_r, targets=targets, device=device, dtype=dtype, granted=granted,
+            base, rank=config.lora_r, targets=targets, device=device, dtype=dtype,
+            granted=config.per_device_train_batch_size * length,
             max_seq_length=min(length, base.positions), recompute=config.gradient_checkpointing,
         )  # fmt: skip
         fits = plan.peak <= machine_memory(device)[0]
         hint = "Try --bf16 (half the memory), or a smaller --max_seq_length."
-        checks.append(Check("memory", "ok" if fits else "warning", plan.reason + " at most", hint))
+        checks.append(Check("memory", "ok" if fits else "warning", f"{plan.reason} at most", hint))
     for check in checks:
         mark = {"ok": "ok  ", "warning": "WARN", "failed": "FAIL"}[check.outcome]
         log.info("  %s  %-12s %s", mark, check.name, check.detail)
-        if check.outcome != "ok" and check.hint:
+        if check.outcome != "ok":
             log.info("        %-12s -> %s", "", check.hint)
     failed = [check.name for check in checks if check.outcome == "failed"]
     if failed:
@@ -2577,21 +2666,19 @@ def run_preflight(config: FineTuningConfig) -> PreflightReport:
     return PreflightReport(tuple(checks), device, dtype, base)
 
 
-claimed_folders: "dict[Path, BaseFileLock]" = {}  # locked by this process until it ends
-
-
-def claim_output_folder(output_dir: Path) -> None:
+@functools.cache  # it keeps the lock until the process ends
+def claim_output_folder(output_dir: Path) -> "BaseFileLock | None":
     """Lock the output folder against a second run, and clear away what a killed one left."""
-    if not is_main_process():
-        return
-    place, hint = output_dir.resolve(), "Wait for it or stop it, or choose another --output_dir."
-    taken = FineTuningError(f"Another run is writing to {output_dir}.", hint)
+    hint = "Wait for it or stop it, or choose another --output_dir."
     try:
-        if place not in claimed_folders:
-            claimed_folders[place] = lock(place / ".lock", taken)
-        clear_staging(place)
+        if not is_main_process():
+            return None
+        taken = FineTuningError(f"Another run is writing to {output_dir}.", hint)
+        held = lock(output_dir.resolve() / ".lock", taken)
+        clear_staging(output_dir)
     except OSError as error:
         raise disk_error(error, output_dir, "--output_dir") or error from error
+    return held
 
 
 # ======================================================================================
@@ -2606,88 +2693,73 @@ def claim_output_folder(output_dir: Path) -> None:
 CHUNK_BYTES = 64 * 1024
 SPARE_BYTES = 64_000_000
 CACHE_FLAG = "--cache_dir FOLDER"
-PART_BYTES = (8 * 2**20, 5 * 2**20, 16 * 2**20)  # of uploads by AWS CLI and boto3, rclone, MinIO
+# Of uploads by AWS CLI and boto3, rclone, MinIO, Cyberduck, s5cmd.
+PART_BYTES = (8 * 2**20, 5 * 2**20, 16 * 2**20, 10 * 2**20, 50 * 2**20)
 ALTERED = "Something between here and the bucket changes the data, or the object is damaged: try "
 ALTERED += "another network, or upload it again."
 
 
-def receive_rest(
-    client: Any, wanted: StoredObject, file: "IO[bytes]", advance: "Callable[..., None]"
-) -> None:
-    """Append what `file` lacks of the object; all of it, where the server sends no rest."""
-    offset, bucket = file.seek(0, os.SEEK_END), wanted.bucket
-    place = {"Bucket": bucket, "Key": wanted.key, "IfMatch": f'"{wanted.etag}"'}
+def receive_rest(client: Any, wanted: StoredObject, file: "IO[bytes]", advance: Any) -> None:
+    """Append what `file` lacks of the object."""
+    offset, place = file.seek(0, os.SEEK_END), {"Bucket": wanted.bucket, "Key": wanted.key}
     part = {"Range": f"bytes={offset}-"} if offset else {}
-    with bucket_errors(client, bucket):
-        answer = client.get_object(**place, **part)
+    with bucket_errors(client, wanted.bucket):
+        answer = client.get_object(**place, **part, IfMatch=f'"{wanted.etag}"')
     with contextlib.closing(answer["Body"]) as body:
-        if answer.get("ETag", "").strip('"') != wanted.etag:
-            raise BucketError(REPLACED, "Run the same command again.", "replaced")
         rest = f"bytes {offset}-{wanted.size - 1}/{wanted.size}"
-        if offset and answer.get("ContentRange") != rest:
-            advance(-offset)
-            file.truncate(0)
-            offset = 0
-        offered, size = answer.get("ContentLength"), wanted.size - offset
-        if offered != size:
-            what = f"The server offers {offered} bytes where the object has {size}."
-            raise BucketError(what, ALTERED, "again")
+        same = answer.get("ETag", "").strip('"') == wanted.etag
+        if not same or (offset and answer.get("ContentRange") != rest):
+            raise BucketError(REPLACED, UPLOADING, "replaced")
+        if answer.get("ContentLength") != wanted.size - offset:
+            what = f"The server offers {answer.get('ContentLength')} bytes where the object has "
+            raise BucketError(f"{what}{wanted.size - offset}.", ALTERED, "again")
         data = b"-"
         while data:
-            with bucket_errors(client, bucket):
+            with bucket_errors(client, wanted.bucket):
                 data = body.read(CHUNK_BYTES)
             file.write(data)
             file.flush()
             advance(len(data))
 
 
-def prove_content(client: Any, path: Path, wanted: StoredObject) -> "tuple[bool | None, str]":
+def prove_content(path: Path, etag: str) -> "tuple[bool | None, str]":
     """Return whether the file is the object by its ETag (None: that tells nothing), and how.
 
     It is the file's MD5, or that of its parts' MD5s, with their number (a multipart upload).
     """
     md5 = functools.partial(hashlib.md5, usedforsecurity=False)
-    etag, sizes = wanted.etag.lower(), list(PART_BYTES)
     with path.open("rb") as file:
         if re.fullmatch(r"[0-9a-f]{32}", etag):
             return hashlib.file_digest(file, md5).hexdigest() == etag, "the MD5 in its ETag"
-        if re.fullmatch(r"[0-9a-f]{32}-\d{1,5}", etag):
-            first = {"Bucket": wanted.bucket, "Key": wanted.key, "PartNumber": 1}
-            # Not every server tells the size of a part.
-            with contextlib.suppress(BucketError), bucket_errors(client, wanted.bucket):
-                sizes.insert(0, client.head_object(**first)["ContentLength"])
-        for size in sizes:
-            file.seek(0)
-            if etag.endswith(f"-{-(-wanted.size // size)}"):
+        for size in PART_BYTES:
+            if etag.endswith(f"-{-(-path.stat().st_size // size)}"):
+                file.seek(0)
                 parts = iter(functools.partial(file.read, size), b"")
-                digests = [md5(part).digest() for part in parts]
-                if etag.startswith(md5(b"".join(digests)).hexdigest()):
+                digests = b"".join(md5(part).digest() for part in parts)
+                if etag.startswith(md5(digests).hexdigest()):
                     return True, f"its multipart ETag ({size} bytes per part)"
     return None, "two equal downloads"
 
 
 def fill_and_prove(client: Any, wanted: StoredObject, path: Path) -> "tuple[str, str]":
     """Download what the file lacks until its bytes are proven; return SHA-256 and proof."""
-    seen: set[str] = set()
-    for _ in range(ATTEMPTS):
+    sha256, seen = "", set[str]()
+    while sha256 not in seen and len(seen) < ATTEMPTS:
+        seen.add(sha256)  # of the bytes that came before
         with path.open("a+b") as file:
             size = functools.partial(file.seek, 0, os.SEEK_END)
-            if size() > wanted.size:
-                file.truncate(0)
+            check_space(path, wanted.size - size() + SPARE_BYTES, CACHE_FLAG)
             with progress_bar(wanted.size, "B", "download", size()) as advance:
+                receive = functools.partial(receive_rest, client, wanted, file, advance)
                 if size() < wanted.size:
-                    receive = functools.partial(receive_rest, client, wanted, file, advance)
-                    keep_trying(receive, size)
-        right, proof = prove_content(client, path, wanted)
+                    keep_trying(receive, "again", size)
+        right, proof = prove_content(path, wanted.etag.lower())
         sha256 = sha256_of(path)
         if right or (right is None and sha256 in seen):
             return sha256, proof
         path.unlink()
-        if sha256 in seen:
-            break
-        seen.add(sha256)
-        what = "are not the object's" if right is False else "cannot be proven by the ETag"
-        log.warning("  The bytes that came %s: downloading once more to compare", what)
+        what = "are not the object's" if right is False else "cannot be proven by the ETag alone"
+        log.warning("  The bytes that came %s: compared with another download", what)
     what = f"What {wanted.host} delivers for {wanted.key!r} does not match its ETag."
     raise BucketError(what, ALTERED, "refused")
 
@@ -2695,7 +2767,7 @@ def fill_and_prove(client: Any, wanted: StoredObject, path: Path) -> "tuple[str,
 def download_object(client: Any, wanted: StoredObject, folder: Path) -> StoredObject:
     """Return the verified copy of one version of an object, downloading what is missing."""
     path = copy_path(folder, wanted)
-    info, staged, begun = path.name + ".info", Path(f"{path}.partial"), time.monotonic()
+    info, staged = path.name + ".info", Path(f"{path}.partial")
     partial = staged / path.name
     taken = FineTuningError("Another run is downloading this object; waiting for it")
     held = lock(Path(f"{path}.lock"), taken, wait=True)
@@ -2705,68 +2777,53 @@ def download_object(client: Any, wanted: StoredObject, folder: Path) -> StoredOb
             log.info("The cached copy is current and intact: %s", path)
             return copy
         staged.mkdir(exist_ok=True)
-        here = partial.stat().st_size if partial.exists() else 0
-        if here:
-            log.info("  Going on with an interrupted download: %s are here", human_bytes(here))
-        check_space(folder, wanted.size - here + SPARE_BYTES, CACHE_FLAG)
         sha256, proof = fill_and_prove(client, wanted, partial)
-        copy = wanted._replace(sha256=sha256, verified_by=proof)
+        copy = wanted._replace(sha256=sha256)
         write_json(staged / info, copy._asdict())
         publish_files(staged, folder, [path.name, info])
-        took = human_seconds(time.monotonic() - begun)
-        log.info("Downloaded in %s, verified by %s: %s", took, proof, path)
+        log.info("Downloaded, verified by %s: %s", proof, path)
         return copy
+    except BucketError as error:
+        if error.kind == "replaced":
+            partial.unlink()
+        raise
     finally:
         if not (partial.exists() and partial.stat().st_size):
             shutil.rmtree(staged, ignore_errors=True)
         held.release()
 
 
-def fetch_objects(
-    bucket: str, prefix: str, names: Sequence[str], folder: Path
-) -> "list[DatasetFile]":
+def fetch_objects(bucket: str, prefix: str, names: Texts, folder: Path) -> "list[DatasetFile]":
     """Return the bucket's chosen objects as verified files; without the bucket, their copies."""
-    for left in reversed(range(ATTEMPTS)):
-        client, chosen, why = find_objects(bucket, prefix, names, folder)
-        source = "" if client else "cached copy, bucket not asked: "
-        shown = "; ".join(map(str, chosen))
-        if client:
-            log.info("Chosen: %s (%s)", shown, why)
-        else:
-            log.warning("%s\nGoing on with the verified copy %s", why, shown)
-        try:
-            copies = [download_object(client, one, folder) for one in chosen] if client else chosen
-            break
-        except BucketError as error:
-            if error.kind != "replaced" or not left:
-                raise
-            log.info("  The object was replaced during the download; taking the new one")
-        except OSError as error:  # what the network does is translated where it happens
-            raise disk_error(error, folder, CACHE_FLAG) or error from error
+    client, copies, why = find_objects(bucket, prefix, names, folder)
+    log.log(logging.INFO if client else logging.WARNING, "%s", why)
+    if client:
+        copies = [download_object(client, one, folder) for one in copies]
+    source = "" if client else "cached copy, bucket not asked: "
     files = []
-    for copy in copies:
-        where = f"{source}{copy.host}/{copy.bucket}/{shorten(copy.key)}"
-        path = copy_path(folder, copy)
-        files.append(DatasetFile(path, copy.size, copy.etag, copy.sha256, where))
+    for c in copies:
+        place = f"{source}{c.host}/{c.bucket}/{shorten(c.key)}"
+        files.append(DatasetFile(copy_path(folder, c), c.size, c.etag, c.sha256, place))
     return files
 
 
 def fetch_dataset(config: FineTuningConfig) -> DatasetFile:
     """Return the data as verified local files: `data_path`, or the bucket's chosen objects."""
-    paths, names = each_of(config.data_path), each_of(config.dataset_name)
-    files = []
+    paths, folder, files = each_of(config.data_path), Path(config.cache_dir), list[DatasetFile]()
     for path, size in zip(map(Path, paths), check_files(paths), strict=True):
         source = f"local file {shorten(str(path), 300)}"
         log.info("%s, %s", source.capitalize(), human_bytes(size))
         files.append(DatasetFile(path, size, None, sha256_of(path), source))
     if not paths:
-        bucket, prefix = config.r2_bucket_name, config.r2_data_prefix
-        files = fetch_objects(bucket, prefix, names, Path(config.cache_dir))
+        chosen = (config.r2_bucket_name, config.r2_data_prefix, each_of(config.dataset_name))
+        try:  # an object that is replaced meanwhile is chosen anew
+            files = keep_trying(lambda: fetch_objects(*chosen, folder), "replaced")
+        except OSError as error:  # what the network does is translated where it happens
+            raise disk_error(error, folder, CACHE_FLAG) or error from error
     if len(files) == 1:
         return files[0]
-    whole = hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()
-    sources = "; ".join(file.source for file in files)
-    size = sum(file.size for file in files)
+    digests, sources = "".join(f.sha256 for f in files), "; ".join(f.source for f in files)
+    whole, size = hashlib.sha256(digests.encode()).hexdigest(), sum(f.size for f in files)
     return DatasetFile(files[0].path, size, None, whole, sources, tuple(files))
 
 
@@ -2780,53 +2837,53 @@ def fetch_dataset(config: FineTuningConfig) -> DatasetFile:
 # be trained as it stands; what else the checks find is a warning. The tokens in front of an answer
 # are those that chat sends. Rows stream from the file to the disk, whatever their number.
 
-# The checks: what is done, what it costs a row's score, what it means.
+# The checks: what is done with such a row, and what it means.
 # fmt: off
 # ruff: disable[E501]
-CHECKS: "dict[str, tuple[str, float, str]]" = {
-    # unusable rows (they cost everything): they lower the quality score of the set
-    "not_an_object": ("drop", 1, "the row is no JSON object"),
-    "unknown_shape": ("drop", 1, "the row has none of the known keys"),
-    "not_text": ("drop", 1, "a number, a list or the like stands where text belongs"),
-    "bad_turn": ("drop", 1, "a turn of the conversation has no known role or no text"),
-    "no_answer": ("drop", 1, "no turn of the conversation is the assistant's"),
-    "preference_pair": ("drop", 1, "chosen and rejected answers: they need another training"),
-    "empty_instruction": ("drop", 1, "there is no question"),
-    "empty_output": ("drop", 1, "there is no answer"),
-    "undecodable": ("drop", 1, "half a character (a lone surrogate), which no tokenizer takes"),
-    "special_tokens": ("drop", 1, "tokens of the model itself stand inside the text"),
-    "template": ("drop", 1, "the model's chat template or tokenizer refuses or changes the row"),
+CHECKS: "dict[str, tuple[str, str]]" = {
+    # unusable rows: they lower the quality score of the set
+    "not_an_object": ("reject", "the row is no JSON object"),
+    "unknown_shape": ("reject", "the row has none of the known keys"),
+    "not_text": ("reject", "a number, a list or the like stands where text belongs"),
+    "bad_turn": ("reject", "a turn of the conversation has no known role or no text"),
+    "no_answer": ("reject", "no turn of the conversation is the assistant's"),
+    "preference_pair": ("reject", "chosen and rejected answers: they need another training"),
+    "empty_instruction": ("reject", "there is no question"),
+    "empty_output": ("reject", "there is no answer"),
+    "undecodable": ("reject", "half a character (a lone surrogate), which no tokenizer takes"),
+    "special_tokens": ("reject", "tokens of the model itself stand inside the text"),
+    "template": ("reject", "the model's chat template or tokenizer refuses or changes the row"),
     # usable rows that are left out; rows whose text is changed
-    "masked": ("drop", 0.5, "the file takes every answer of the row out of the training"),
-    "exact_duplicate": ("drop", 0.5, "the same row stands earlier in the data"),
-    "over_length": ("drop", 0.5, "the row is longer than max_seq_length"),
-    "control_characters": ("repair", 0.1, "control characters became a space or a line break"),
-    "appended_end_token": ("repair", 0, "the answer brought its end token: the program adds it"),
+    "masked": ("drop", "the file takes every answer of the row out of the training"),
+    "exact_duplicate": ("drop", "the same row stands earlier in the data"),
+    "over_length": ("drop", "the row is longer than max_seq_length"),
+    "control_characters": ("repair", "control characters became a space or a line break"),
+    "appended_end_token": ("repair", "the answer brought its end token: the program adds it"),
     # rows to look at; they are trained as they are, but for those of drop_checks
-    "broken_encoding": ("warn", 0.5, "characters were lost for good (U+FFFD)"),
-    "mojibake": ("warn", 0.3, "looks decoded wrongly, such as Ã© for é; ftfy can mend a file"),
-    "eaten_backslash": ("warn", 0.5, "JSON took the backslash of \\frac, \\beta or the like for its own"),
-    "foreign_marks": ("warn", 0.5, "marks of a chat format, which are plain text for this model"),
-    "tool_calls": ("warn", 0.5, "a tool is offered or called, and only the words are trained"),
-    "images": ("warn", 0.5, "pictures or sounds belong to the row, and only the words are trained"),
-    "choices": ("warn", 0.5, "there are choices that the question does not show"),
-    "documents": ("warn", 0.5, "there are documents that the question does not show"),
-    "negative_label": ("warn", 0.5, "label is false: the answer may be meant as a bad one"),
-    "unanswered_turn": ("warn", 0, "turns after the last answer are not used"),
-    "repeated_key": ("warn", 0.3, "a key stands twice: the last one counts"),
-    "placeholder_answer": ("warn", 0.5, "a placeholder stands where an answer belongs"),
-    "placeholder_input": ("warn", 0.1, "an input such as N/A stands in the question"),
-    "ai_boilerplate": ("warn", 0.3, "another model may speak about itself in the answer"),
-    "answer_repeats_question": ("warn", 0.5, "the answer only repeats the question or input"),
-    "cut_off_answer": ("warn", 0.5, "the answer ends in the middle of a sentence"),
-    "unbalanced_code_fence": ("warn", 0.3, "a code block (```) is opened and not closed"),
-    "implausible_value": ("warn", 0.5, "an admission or graduation rate that is probably 100 times too small"),
-    "near_duplicate": ("warn", 0.3, "nearly the same row stands earlier in the data"),
-    "contradiction": ("warn", 0.5, "the same question has another answer earlier"),
-    "length_outlier": ("warn", 0.2, "many times as long as the other rows"),
+    "broken_encoding": ("warn", "characters were lost for good (U+FFFD)"),
+    "mojibake": ("warn", "looks decoded wrongly, such as Ã© for é; ftfy can mend a file"),
+    "eaten_backslash": ("warn", "JSON took the backslash of \\frac, \\beta or the like for its own"),
+    "foreign_marks": ("warn", "marks of a chat format, which are plain text for this model"),
+    "tool_calls": ("warn", "a tool is offered or called, and only the words are trained"),
+    "images": ("warn", "pictures or sounds belong to the row, and only the words are trained"),
+    "choices": ("warn", "there are choices that the question does not show"),
+    "documents": ("warn", "there are documents that the question does not show"),
+    "negative_label": ("warn", "label is false: the answer may be meant as a bad one"),
+    "unanswered_turn": ("warn", "turns after the last answer are not used"),
+    "repeated_key": ("warn", "a key stands twice: the last one counts"),
+    "placeholder_answer": ("warn", "a placeholder stands where an answer belongs"),
+    "placeholder_input": ("warn", "an input such as N/A stands in the question"),
+    "ai_boilerplate": ("warn", "another model may speak about itself in the answer"),
+    "answer_repeats_question": ("warn", "the answer only repeats the question or input"),
+    "cut_off_answer": ("warn", "the answer ends in the middle of a sentence"),
+    "unbalanced_code_fence": ("warn", "a code block (```) is opened and not closed"),
+    "implausible_value": ("warn", "an admission or graduation rate that is probably 100 times too small"),
+    "near_duplicate": ("warn", "nearly the same row stands earlier in the data"),
+    "contradiction": ("warn", "the same question has another answer earlier"),
+    "length_outlier": ("warn", "many times as long as the other rows"),
     # facts
-    "unused_keys": ("note", 0, "keys that are not used"),
-    "merged_tokens": ("note", 0, "the answer's first token would join the prompt's last"),
+    "unused_keys": ("note", "keys that are not used"),
+    "merged_tokens": ("note", "the answer's first token would join the prompt's last"),
 }
 
 # What keys are used as. They are compared without case, spaces and hidden characters; null and
@@ -2864,13 +2921,9 @@ TEXT_RULES: "tuple[tuple[str, str | None, re.Pattern[str]], ...]" = (
     ("implausible_value", None, re.compile(r"\b(?:admissions?|admit|acceptance|graduation|accept|graduate|admi\w+)\b(?=[^.\n]{0,40}(?:rate|share|percentage|%|percent))(?:(?!ris|ros|fell|grew|increas|decreas|declin|drop|chang|differ|fee|interest|loan)(?:[^.\n]|\.\d)){0,80}?(?<![\d.,])(?:0?\.\d+\s?(?:%|per\s?cent\b)(?!\s?points)|0?\.00\d*(?![\d.,]*\s?(?:%|per\s?cent)))", re.I)),
     ("ai_boilerplate", "assistant", re.compile(r"\A.{0,300}?\b(?:(?:as|being) an? (?:(?:ai|artificial intelligence)(?: language)? (?:model|assistant|chatbot)|(?:large )?language model)\b|as an ai,)", re.I | re.S)),
 )
-# What no sentence ends with; what is code; and what, like lists, titles, quotations with their
-# author, links and hashtags, ends without a full stop, too.
-OPEN_END = re.compile(r"[,(\[]$|\s(?:the|an?|of|and|or|to|with|in|is|are|was|were|for|that|by|as|at|from|which|but|because|its|their|this|be|has|have|your|his|her|can|will|would|should|into|than|if|when|while|such)$")
-CODE = re.compile(r"[=<>{}|\\]|\bdef\b|\breturn\b|\(\)")
-NOT_PROSE = re.compile(r"[#/@_]|(?:^|\s)[-–—]|www\.|\d\. ")
-LIST_ITEM = re.compile(r"(?:[-*•–>|#]|\(?\w{1,3}[.):]\s|[A-Z][\w ]{0,30}:)")
-SENTENCE_END = re.compile(r"(?<=[a-z)\"'’”][.!?])[\"')\]”’]?\s+")
+# What no sentence ends with; what may break off so: code, quotations with their author, titles.
+OPEN_END = re.compile(r"[,(\[]\Z|\s(?:the|an?|of|and|or|to|with|in|is|are|was|were|for|that|by|as|at|from|which|but|because|its|their|this|be|has|have|your|his|her|can|will|would|should|into|than|if|when|while|such)\Z")
+NO_END = re.compile(r"[a-z][.!?][\"'’”]? +[A-Z](?:(?![.!?]\s)[^\n#/@_={}|\\<>\-–—()])*\s[a-z][a-z']*\Z")
 # What no tokenizer should see; and what is left of LaTeX where JSON takes \f, \b, \a, \v for its own,
 # or \t, \n, \r for white space, which only mathematics beside it betrays.
 NEVER_TRAINED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")
@@ -3034,14 +3087,12 @@ def read_document(path: Path, advance: "Callable[[int], None]") -> "list[Any]":
         raise file_error(path, f"is broken in {error}.", hint) from error
     if not isinstance(content, dict):
         return typing.cast("list[Any]", content)
-    if any(is_filled(content[key]) for key in content if clean_name(key) in (*TURNS, *ANSWER)):
-        raise file_error(path, "holds one single row: none can be held out.", TWO_NEEDED)
     lists = {key: value for key, value in content.items() if isinstance(value, list)}
     for key, rows in lists.items():
         if len(lists) == 1 and (key in WRAPPERS or any(isinstance(row, dict) for row in rows)):
             return rows
-    what = "several lists that may hold the rows" if len(lists) > 1 else "no list of rows"
-    raise file_error(path, f"is one JSON object with {what} {list_keys(content)}.")
+    what = "is one JSON object, not an array of rows"
+    raise file_error(path, f"{what} {list_keys(content)}.", TWO_NEEDED)
 
 
 def read_csv(path: Path, head: str, advance: "Callable[[int], None]") -> "Iterator[object]":
@@ -3056,6 +3107,8 @@ def read_csv(path: Path, head: str, advance: "Callable[[int], None]") -> "Iterat
     lines = (text for _, text in read_lines(path, advance))
     rows = csv.DictReader(itertools.dropwhile(str.isspace, lines), delimiter=mark, strict=True)
     try:
+        if len(set(rows.fieldnames or ())) < len(rows.fieldnames or ()):
+            raise file_error(path, "has a column twice.")
         for row in rows:
             if None in row or None in row.values():
                 raise csv.Error(f"it has not {len(rows.fieldnames or ())} columns")
@@ -3085,10 +3138,7 @@ def read_rows(path: Path, advance: "Callable[[int], None]") -> "Iterator[SourceR
             raw = iter(lambda: stream.readline(MAX_LINE_BYTES), b"")
             lines = (line.removeprefix(b"\xef\xbb\xbf").strip() for line in raw)
             first, second = (*itertools.islice(filter(None, lines), 2), b"", b"")[:2]
-        # Of four bytes, so many are mostly zero.
-        zeros = sum(head[place:2000:4].count(0) * 8 > len(head[:2000]) for place in range(4))
         found = [what for start, what in NOT_UTF8 if head.startswith(start)]
-        found += {2: ["UTF-16"], 3: ["UTF-32"]}.get(zeros, [])
         if head.startswith(b"PAR1"):
             rows: Iterable[object] = read_parquet(path)
         elif found:
@@ -3301,34 +3351,6 @@ class Row:
 # --- what is doubtful inside the texts
 
 
-def breaks_off(answer: str) -> bool:
-    """Tell whether an answer ends in the middle of a sentence."""
-    lines = [line.strip() for line in answer.split("\n") if line.strip()]
-    last = lines[-1]
-    sentence = SENTENCE_END.split(last)[-1]
-    words = sentence.split()
-    if len(answer.split()) < 5 or "```" in answer or CODE.search(last):
-        return False
-    if OPEN_END.search(last) and sum(word.isalpha() for word in last.split()) > 2:
-        return True
-    names = len(words) > 2 and sum(w[0].islower() for w in words) * 2 < len(words)  # or a title
-    if not last[-1].isalnum() or not words or NOT_PROSE.search(sentence) or names:
-        return False
-    if len(lines) > 2 and sentence == last and all(line[-1] in ".!?" for line in lines[:-1]):
-        return True
-    # Finished sentences stand before it, or it is long enough to be one.
-    long = len(lines) == 1 and len(words) >= 12
-    return (sentence != last or long) and not LIST_ITEM.match(last)
-
-
-def repeats(answer: str, text: str) -> bool:
-    """Tell whether an answer says what a text says, without the marks that an editor adds."""
-    if " " not in answer.strip() or not 0.8 < len(answer) / max(1, len(text)) < 1.25:
-        return answer.strip() == text.strip()
-    marks = [sum(not c.islower() and not c.isspace() for c in t) for t in (answer, text)]
-    return marks[0] <= marks[1] and plain_words(answer) == plain_words(text)
-
-
 def check_texts(row: Row, special: "re.Pattern[str]") -> None:
     """Note what a person should look at; raise RowError where the model's own tokens stand."""
     asked, notes = "", row.notes
@@ -3343,13 +3365,13 @@ def check_texts(row: Row, special: "re.Pattern[str]") -> None:
                 times = len(pattern.findall(text))
                 notes[check] = f"{role}: {shorten(found[0][-60:])!r}, {times} times"
         if place in row.answers:
-            question, _, given = asked.partition("\n\n")
-            open_fence = len(re.findall(r"^\s*```", text, re.MULTILINE)) % 2
-            repeated = repeats(text, asked) or repeats(text, question)
+            question, _, given = asked.strip().partition("\n\n")
+            said, end = text.strip(), f"… {text[-60:]}"
+            long = len(said.split()) >= 5 and "```" not in said
             for check, wrong, shown in (
-                ("answer_repeats_question", repeated or text.strip() == given.strip(), text[:60]),
-                ("cut_off_answer", breaks_off(text), f"… {text[-60:]}"),
-                ("unbalanced_code_fence", open_fence, f"… {text[-60:]}"),
+                ("answer_repeats_question", said in (asked.strip(), question, given), said[:60]),
+                ("cut_off_answer", long and (OPEN_END.search(said) or NO_END.search(said)), end),
+                ("unbalanced_code_fence", len(re.findall(r"^\s*```", text, re.M)) % 2, end),
             ):
                 if wrong:
                     notes[check] = repr(shown)
@@ -3434,24 +3456,18 @@ def join_tokens(
 
 def show_example(tokenizer: "PreTrainedTokenizerFast", example: Example) -> str:
     """Return an example as it is trained, read back from its tokens, spans between ⟦ and ⟧."""
-    ids, shown = example["input_ids"], ""
-    marks = {cut: mark for span in example["spans"] for cut, mark in zip(span, "⟦⟧", strict=True)}
-    # A tokenizer that puts a space in front of every text may do so behind special tokens, too,
-    # and takes only the first one off again: each stretch between them is decoded by itself.
-    first, later = tokenize(tokenizer, ["a", f"a{tokenizer.eos_token}a"])
-    spaced = later[-1:] == first[-1:]
-    special = set(tokenizer.added_tokens_decoder)
-    for is_special, group in itertools.groupby(range(len(ids)), lambda n: ids[n] in special):
-        stretch, told = list(group), ""
-        for end in range(stretch[0] + 1, stretch[-1] + 2):
-            if end in marks or end == stretch[-1] + 1:
-                part = ids[stretch[0] : end]
-                plain = is_special or spaced or not stretch[0]
-                whole = str(tokenizer.decode(part)) if plain else decode(tokenizer, part)
-                text = whole[len(told) :]
-                shown += text if len(text) < 600 else f"{text[:300]} […] {text[-300:]}"
-                shown, told = shown + marks.get(end, ""), whole
-    return shown
+    ids, shown, special = example["input_ids"], "", set(tokenizer.added_tokens_decoder)
+    cuts = {0: "", len(ids): ""}
+    cuts |= {cut: "" for n, i in enumerate(ids) if i in special for cut in (n, n + 1)}
+    cuts |= {cut: mark for span in example["spans"] for cut, mark in zip(span, "⟦⟧", strict=True)}
+    for start, end in itertools.pairwise(sorted(cuts)):
+        part = ids[start:end]
+        # Tokenizers that put a space in front of every text do so behind special tokens, too, and
+        # take it off again only at the start of what they decode.
+        first = not special.isdisjoint(ids[max(0, start - 1) : start + 1]) or not start
+        text = str(tokenizer.decode(part)) if first else decode(tokenizer, part)
+        shown += cuts[start] + (text if len(text) < 600 else f"{text[:300]} […] {text[-300:]}")
+    return shown + cuts[len(ids)]
 
 
 # --- the stream: every row is read, checked, tokenized and stored once
@@ -3475,52 +3491,46 @@ class Tally:
     def leave_out(self, row: Row, error: RowError) -> None:
         """Count a row that is not trained, and list it."""
         check, detail = error.args
-        kind = "rejected" if CHECKS[check][1] == 1 else "dropped"
+        kind = "rejected" if CHECKS[check][0] == "reject" else "dropped"
         self.note([check, kind], row.place, check, detail)
 
 
-def compare_by(row: Row) -> "dict[str, Any]":
-    """Return what rows are compared by: hashes of the row, questions, answers, word stems."""
+def encode_row(row: Row, example: Example, limit: int, cut: bool, tally: Tally) -> "dict[str, Any]":
+    """Return a row's columns, if need be `cut` at `limit` tokens; rows are compared by hashes."""
     from rensa import RMinHash
 
+    ids, spans, notes = example["input_ids"], example["spans"], row.notes
+    answered = sum(end - start for start, end in spans)
+    spans = [[start, min(end, limit)] for start, end in spans if start < limit]
+    kept = sum(end - start for start, end in spans) if cut or len(ids) <= limit else 0
+    tally.sums.update(answer_tokens=answered, lost_tokens=answered - kept)
+    tally.sums["longest"] = max(tally.sums["longest"], len(ids))
+    if len(ids) > limit:
+        notes["over_length"] = f"{len(ids)} tokens, more than {limit}"
+        if not kept:
+            raise RowError("over_length", notes["over_length"])
+        notes["over_length"] += f": {answered - kept} of its answers are cut off"
     said: list[str] = []
-    asked, answered = [], []
+    asked, answers = [], []
     for place, message in enumerate(row.messages):
         words = plain_words(message["content"])
         if place in row.answers:
             asked.append(hash_of(*said))
-            answered.append(hash_of(words))
-        if message["role"] != "system":
-            said.append(words)
-    stems = sorted(set(STEM.findall(" ".join(said))) - STOP_STEMS)
-    key = hash_of(repr(row.messages), repr(row.answers))
-    hashed = RMinHash.hash_token_sets([stems])[0]
-    return {"key": key, "asked": asked, "answered": answered, "stems": hashed}
-
-
-def encode_row(row: Row, example: Example, limit: int, cut: bool, tally: Tally) -> "dict[str, Any]":
-    """Return the columns of a row that fits into `limit` tokens, if need be `cut` at its end."""
-    sums, characters = tally.sums, sum(len(m["content"]) for m in row.messages)
-    ids, spans = example["input_ids"], example["spans"]
-    answered = sum(end - start for start, end in spans)
-    spans = [[start, min(end, limit)] for start, end in spans if start < limit]
-    kept = sum(end - start for start, end in spans) if cut or len(ids) <= limit else 0
-    last = row.answers[-1]
-    question = "\n\n".join(m["content"] for m in row.messages[:last] if m["role"] != "system")
+            answers.append(hash_of(words))
+        said += [words] * (message["role"] != "system")
+    last, turns = row.answers[-1], [m for m in row.messages if m["role"] != "system"]
     answer = row.messages[last]["content"]
-    sums.update(answer_tokens=answered, lost_tokens=answered - kept)
-    sums["longest"] = max(sums["longest"], len(ids))
-    if len(ids) > limit:
-        row.notes["over_length"] = f"{len(ids)} tokens, more than {limit}"
-        if not kept:
-            raise RowError("over_length", row.notes["over_length"])
-        row.notes["over_length"] += f": {answered - kept} of its answers are cut off"
-    sums.update(question_characters=len(question), answer_characters=len(answer))
+    question = "\n\n".join(m["content"] for m in row.messages[:last] if m in turns)
+    tally.sums.update(question_characters=len(question), answer_characters=len(answer))
+    stems = sorted(set(STEM.findall(" ".join(said))) - STOP_STEMS)
     return {
-        **row.place, **compare_by(row), "question": question, "answer": answer,
-        "input_ids": ids[:limit], "spans": spans, "length": min(len(ids), limit),
-        "answers": len(row.answers), "masked": row.masked, "supervised": kept,
-        "characters": characters, "checks": sum(BITS[check] for check in row.notes),
+        **row.place, "question": question, "answer": answer, "input_ids": ids[:limit],
+        "spans": spans, "length": min(len(ids), limit), "answers": len(row.answers),
+        "masked": row.masked, "supervised": kept,
+        "characters": sum(len(m["content"]) for m in turns),
+        "checks": sum(BITS[check] for check in notes), "asked": asked, "answered": answers,
+        "key": hash_of(repr(row.messages), repr(row.answers)),
+        "stems": RMinHash.hash_token_sets([stems])[0],
     }  # fmt: skip
 
 
@@ -3710,22 +3720,21 @@ def relate_rows(
 
     column = table.data.column
     keys, sizes = column("key").to_pylist(), column("characters").to_numpy()
-    asked, answered = column("asked").to_pylist(), column("answered").to_pylist()
-    first: dict[int, int] = {}  # these four hold, for a key or a row, the earlier row
-    same, other, near = dict[int, int](), dict[int, int](), dict[int, int]()
-    if not keep_duplicates:
-        same = {row: first[key] for row, key in enumerate(keys) if first.setdefault(key, row) < row}
-    kept = [row for row in range(len(table)) if row not in same]
-    together: list[Sequence[int]] = []
-    alike: list[Sequence[int]] = []
+    said = zip(column("asked").to_pylist(), column("answered").to_pylist(), strict=True)
+    # For a key, a question or a row: the earlier row that is the same, asks the same, or is near.
+    first, same, other, near = (dict[int, int]() for _ in range(4))
     questions: dict[int, tuple[int, int]] = {}
-    for row in kept:
-        for question, answer in zip(asked[row], answered[row], strict=True):
+    together, alike = list[Sequence[int]](), list[Sequence[int]]()
+    for row, pairs in enumerate(said):
+        if first.setdefault(keys[row], row) < row and not keep_duplicates:
+            same[row] = first[keys[row]]
+            continue
+        for question, answer in zip(*pairs, strict=True):
             origin, told = questions.setdefault(question, (row, answer))
-            if origin != row:
-                together.append((origin, row))
-                if told != answer:
-                    other[row] = origin
+            together.append((origin, row))
+            if told != answer:
+                other[row] = origin
+    kept = [row for row in range(len(table)) if row not in same]
     stems = column("stems").combine_chunks()
     step = max(1000, STEMS_AT_ONCE * len(table) // max(1, len(stems.flatten())))
     if step < len(kept):
@@ -3790,33 +3799,13 @@ def choose_sides(
     return sorted(trained + take_families(most - len(trained), rows)), sorted(held_out)
 
 
-def build_report(
-    tally: Tally, table: "datasets.Dataset", checks: "numpy.ndarray", kept: "numpy.ndarray"
-) -> QualityReport:
+def build_report(tally: Tally, table: "datasets.Dataset", kept: "numpy.ndarray") -> QualityReport:
     """Sum up what the checks have found."""
-    import numpy as np
-
     sums, lists = tally.sums, tally.found
-    total, stored = sums["total"], np.ones(len(table))
-    valid = total - sums["rejected"]
-    for name, (_, penalty, _) in CHECKS.items():
-        stored[checks & np.uint64(BITS[name]) != 0] *= 1 - penalty
-    worst = [
-        {"row": r["row"], "score": 0.0, "checks": [r["reason"]], "text": r["detail"]}
-        for r in lists["rejected"][:10]
-    ]
-    for place in np.argsort(stored, kind="stable")[: 10 - len(worst)].tolist():
-        if stored[place] < 1:
-            row, score = table[place], round(float(stored[place]), 4)
-            names = [name for name in CHECKS if int(checks[place]) & BITS[name]]
-            text = shorten(f"{row['question']} {row['answer']}", 200)
-            worst.append({"row": row["row"], "score": score, "checks": names, "text": text})
-    unstored = np.full(valid - len(table), 0.5)  # usable rows that are too long, or masked
-    scores = np.concatenate((np.zeros(sums["rejected"]), unstored, stored))
-    histogram = np.bincount(np.minimum(9, (scores * 10 + 1e-6).astype(int)), minlength=10)
+    total, valid = sums["total"], sums["total"] - sums["rejected"]
     details = {
         name: {
-            "count": sums[name], "action": CHECKS[name][0], "meaning": CHECKS[name][2],
+            "count": sums[name], "action": CHECKS[name][0], "meaning": CHECKS[name][1],
             "rows": [f["row"] for f in lists[name][:NOTED] if f], "examples": lists[name][:SHOWN],
         }
         for name in sorted(CHECKS, key=lambda name: -sums[name])
@@ -3825,26 +3814,21 @@ def build_report(
     if tally.unused:
         shown = [f"{key} ({count} rows)" for key, count in tally.unused.most_common()]
         details["unused_keys"]["examples"] = [{"detail": text} for text in shown]
-    columns = (
-        table.data.column(name).to_numpy()[kept]
-        for name in ("answers", "masked", "supervised", "length")
-    )
+    names = ("answers", "masked", "supervised", "length")
+    columns = (table.data.column(name).to_numpy()[kept] for name in names)
     answers, masked, supervised, length = (int(column.sum()) for column in columns)
-    values: dict[str, Any] = {
-        "quality_score": round(valid / max(1, total), 6),
-        "empty_instructions": sums["empty_instruction"], "empty_outputs": sums["empty_output"],
-        "avg_instruction_length": round(sums["question_characters"] / max(1, len(table)), 2),
-        "avg_output_length": round(sums["answer_characters"] / max(1, len(table)), 2),
-        "checks": {name: sums[name] for name in CHECKS}, "check_details": details,
-        "mean_score": round(float(scores.mean()), 4) if len(scores) else 0.0,
-        "score_histogram": tuple(histogram.tolist()), "worst_rows": tuple(worst),
-        "answers": answers, "masked_answers": masked, "supervised_tokens": supervised,
-        "unsupervised_tokens": length - supervised, "lost_answer_tokens": sums["lost_tokens"],
-        "longest_example": sums["longest"], "dropped_examples": sums["dropped"],
-        "truncated_examples": sums["truncated"],
+    return QualityReport(
+        total_examples=total, valid_examples=valid, quality_score=round(valid / max(1, total), 6),
+        empty_instructions=sums["empty_instruction"], empty_outputs=sums["empty_output"],
+        avg_instruction_length=round(sums["question_characters"] / max(1, len(table)), 2),
+        avg_output_length=round(sums["answer_characters"] / max(1, len(table)), 2),
+        checks={name: sums[name] for name in CHECKS}, check_details=details,
+        answers=answers, masked_answers=masked, supervised_tokens=supervised,
+        unsupervised_tokens=length - supervised, lost_answer_tokens=sums["lost_tokens"],
+        longest_example=sums["longest"], dropped_examples=sums["dropped"],
+        truncated_examples=sums["truncated"],
         **{name: tuple(lists[name]) for name in ("rejected", "dropped", "truncated")},
-    }  # fmt: skip
-    return QualityReport(total_examples=total, valid_examples=valid, **values)
+    )  # fmt: skip
 
 
 def publish_report(report: QualityReport, output_dir: Path, log_dir: Path) -> Path:
@@ -3861,9 +3845,6 @@ def publish_report(report: QualityReport, output_dir: Path, log_dir: Path) -> Pa
         for example in found["examples"]:
             place = f"row {example['row']}: " if "row" in example else ""
             log.info("      %s%s", place, shorten(example["detail"], 110))
-    bins = enumerate(report.score_histogram)
-    told = ", ".join(f"{n / 10:.1f}-{n / 10 + 0.1:.1f}: {count}" for n, count in bins if count)
-    log.info("  row scores: mean %.3f (%s)", report.mean_score, told)
     path = output_dir / QUALITY_FILE
     taken = any((output_dir / name).exists() for name in (METRICS_FILE, ADAPTER_FILE))
     if path.exists() and not taken:
@@ -3927,9 +3908,9 @@ def prepare_dataset(file: DatasetFile, config: FineTuningConfig) -> PreparedData
     left_out = np.flatnonzero(checks & np.uint64(sum(unwanted.values())))
     for row in left_out.tolist():
         check = next(name for name, bit in unwanted.items() if int(checks[row]) & bit)
-        tally.note(("dropped",), place_of(table, row), check, CHECKS[check][2])
+        tally.note(("dropped",), place_of(table, row), check, CHECKS[check][1])
     kept = np.delete(np.arange(len(table)), left_out)
-    report = build_report(tally, table, checks, kept)
+    report = build_report(tally, table, kept)
     path = publish_report(report, Path(config.output_dir), Path(config.log_dir))
     lost = report.lost_answer_tokens / max(1, tally.sums["answer_tokens"])
     pass_gates(report, config.min_data_quality_score, limit, lost, path, config.yes)
@@ -3975,6 +3956,7 @@ def prepare_dataset(file: DatasetFile, config: FineTuningConfig) -> PreparedData
 # memory left, hands over to the CPU. Another run's output is never replaced without --overwrite.
 
 BEST_ADAPTER = "best_adapter.safetensors"
+HANG_SECONDS = 300.0  # of a step or an evaluation, or ten times the usual
 MORE_MEMORY = "Close other programs, lower --max_seq_length or --lora_r, or add --bf16."
 # What makes two runs the same run, beside the bytes of the data, of the base model and of
 # init_adapter. Anything else may change between an interruption and its resume.
@@ -4167,49 +4149,68 @@ class Training:
 
     @contextlib.contextmanager
     def watched(self, what: str) -> Iterator[None]:
-        """Say so, with every thread's stack in the log file, when the block seems to hang."""
+        """Say so when the block seems to hang; when a GPU hangs on, begin again on the CPU."""
         usual = (time.monotonic() - self.started) / max(1, len(self.run.steps))
-        patience = max(300.0, 10 * usual)
-        words = f"  {what} has not ended for {human_seconds(patience)}: wait, or stop with Ctrl-C "
-        words += "and go on with --device cpu. The log file shows where every thread stands"
-        timer = threading.Timer(patience, log.warning, (words,))
-        timer.start()
+        patience, ended = max(HANG_SECONDS, 10 * usual), threading.Event()
+
+        def bark() -> None:
+            if ended.wait(patience):
+                return
+            words = "  %s has not ended for %s: wait, or stop with Ctrl-C and go on with --device "
+            words += "cpu. The log file shows where every thread stands"
+            log.warning(words, what, human_seconds(patience))
+            if self.device != "cpu" and process_count() == 1 and not ended.wait(2 * patience):
+                log.warning("  %s hangs: beginning again from the last checkpoint on the CPU", what)
+                again = ["--device", "cpu", "--resume", "auto", "--overwrite", "false"]
+                script = str(Path(__file__).resolve())
+                os.execv(sys.executable, [sys.executable, script, *sys.argv[1:], *again])  # noqa: S606
+
+        threading.Thread(target=bark, name="watchdog", daemon=True).start()
         for handler in logging.getLogger().handlers:
             if isinstance(handler, logging.FileHandler) and handler.stream:
                 faulthandler.dump_traceback_later(patience, file=handler.stream)
         try:
             yield
         finally:
-            timer.cancel()
+            ended.set()
             faulthandler.cancel_dump_traceback_later()
 
     def accumulate(self, examples: "Sequence[Example]", supervised: int) -> "tuple[float, float]":
         """Add up the gradients of one effective batch; return its mean loss and their norm."""
         import torch
 
-        args, step = self.trainer.args, self.trainer.state.global_step
+        args, step, mps = self.trainer.args, self.trainer.state.global_step, torch.mps
+        held = mps.driver_allocated_memory() if self.device == "mps" else 0
+        if held and held > 0.8 * mps.recommended_max_memory():  # every size is kept apart
+            mps.empty_cache()
         parameters = [p for p in self.model.train().parameters() if p.requires_grad]
         grads = [torch.zeros_like(p) for p in parameters]
         for parameter, gradient in zip(parameters, grads, strict=True):
             parameter.grad = gradient
         passes = plan_passes([len(e["input_ids"]) for e in examples], self.run.budget)
-        total = torch.zeros(1, device=args.device)
-        for number in range(args.process_index, len(passes), args.world_size):
+        total, base = torch.zeros(1, device=args.device), typing.cast("Any", base_of(self.model))
+        base.layers_run.zero_()
+        mine = range(args.process_index, len(passes), args.world_size)
+        for number in mine:
             stop.raise_if_asked()
             seed = (args.seed * 1_000_003 + step) * 10_007 + number  # depends on nothing before it
             layout = lay_out([examples[i] for i in passes[number]], str(args.device), seed)
-            loss = pass_loss(self.model, layout) / supervised
-            self.trainer.accelerator.backward(loss)
-            total += loss.detach()
+            part = pass_loss(self.model, layout) / supervised
+            self.trainer.accelerator.backward(part)
+            total += part.detach()
         if args.world_size > 1:  # summed, not averaged: a pass is weighted by the whole batch
-            mine = [*grads, total]
-            flat = torch.cat([part.flatten() for part in mine])  # one message
+            summed = [*grads, total]
+            flat = torch.cat([part.flatten() for part in summed])  # one message
             torch.distributed.all_reduce(flat)
-            for part, whole in zip(mine, flat.split([p.numel() for p in mine]), strict=True):
-                part.copy_(whole.view_as(part))
+            for own, whole in zip(summed, flat.split([p.numel() for p in summed]), strict=True):
+                own.copy_(whole.view_as(own))
         scaler = self.trainer.accelerator.scaler
-        norm = torch.nn.utils.get_total_norm(grads).item()
-        return total.item(), norm / (scaler.get_scale() if scaler else 1)
+        figures = [total[0], torch.nn.utils.get_total_norm(grads), base.layers_run.float()]
+        loss, norm, layers = torch.stack(figures).tolist()  # waits for the device, once
+        due = len(base.get_decoder().layers) * len(mine)
+        if layers != due:  # the device dropped work, which leaves old numbers in its place
+            loss = math.nan
+        return loss, norm / (scaler.get_scale() if scaler else 1)
 
     def step(self, examples: "Sequence[Example]", supervised: int) -> float:
         """Compute one step's gradients; numbers that are not finite never reach the optimizer.
@@ -4371,7 +4372,8 @@ def build_trainer(training: Training, data: PreparedData) -> "SFTTrainer":
 
     config, batch = training.config, training.config.effective_batch
     sampler = SeedableRandomSampler(data.train, data_seed=config.seed)
-    how: Any = {"sampler": sampler, "num_workers": config.dataloader_num_workers}
+    workers = min(config.dataloader_num_workers, os.cpu_count() or 1)
+    how: Any = {"sampler": sampler, "num_workers": workers}
     if config.dataloader_num_workers:  # a forked child of a process that has used MPS hangs
         how["multiprocessing_context"] = "spawn"
     loader = DataLoader(data.train, batch, collate_fn=collate, **how)
@@ -4399,8 +4401,11 @@ def build_trainer(training: Training, data: PreparedData) -> "SFTTrainer":
         "max_grad_norm", "optim", "lr_scheduler_type", "logging_steps", "report_to",
     )  # fmt: skip
     # Every precision and memory default of SFTConfig is set: the engine decides these.
+    settings = {name: getattr(config, name) for name in same}
+    if training.device == "mps" and config.optim == "adamw_torch":
+        settings["optim"] = "adamw_torch_fused"  # one kernel a step instead of one a tensor
     args = SFTConfig(
-        **{name: getattr(config, name) for name in same},
+        **settings,
         per_device_train_batch_size=batch, gradient_accumulation_steps=1,
         bf16=False, fp16=config.fp16 and training.device == "cuda", activation_checkpointing=False,
         use_cpu=training.device == "cpu", average_tokens_across_devices=False, max_length=None,
@@ -4891,12 +4896,12 @@ mark{background:var(--tint);color:inherit;border-bottom:2px solid var(--accent)}
 <dl><div><dt>Loss on held-out rows</dt><dd><i>{{ "%.3f" % m.eval_loss_before }} →</i> {{ "%.3f" % m.eval_loss }}<small>per answer token, before and after</small></dd></div>
 <div><dt>Answers that end by themselves</dt><dd><i>{{ samples|selectattr("base.stopped")|list|length }} →</i> {{ samples|selectattr("tuned.stopped")|list|length }} of {{ samples|length }}<small>within {{ longest }} tokens</small></dd></div>
 <div><dt>Rows</dt><dd>{{ m.train_examples|n }}<small>to train, {{ m.eval_examples|n }} held out, {{ q.dropped_examples|n }} left out</small></dd></div>
-<div><dt>Data quality</dt><dd>{{ "%g" % ((1000 * q.quality_score)|int / 10) }} %<small>{{ q.valid_examples|n }} of {{ q.total_examples|n }} rows usable, mean score {{ "%.2f" % q.mean_score }}</small></dd></div>
+<div><dt>Data quality</dt><dd>{{ "%g" % ((1000 * q.quality_score)|int / 10) }} %<small>{{ q.valid_examples|n }} of {{ q.total_examples|n }} rows usable</small></dd></div>
 <div><dt>Training time</dt><dd>{{ time }}<small>{{ m.train_tokens_per_second|int|n }} tokens/s on {{ m.device }}, {{ m.dtype }}</small></dd></div>
 <div><dt>Memory at its peak</dt><dd>{{ "%.1f" % m.peak_memory_gb }} GB<small>{{ m.trainable_params|n }} of {{ m.total_params|n }} parameters trained</small></dd></div></dl>
 <h2>Training</h2><p class="note">{{ m.total_steps|n }} steps. Loss is the surprise per answer token: lower is better, and what counts is that on held-out rows, which were never trained on.
 {% if (m.periodic_eval_examples or m.eval_examples) < m.eval_examples %}The curve looks at {{ m.periodic_eval_examples|n }} of them, the dashed line and the numbers above at all {{ m.eval_examples|n }}.{% endif %}
-{% for warning in m.loss_warnings %} Look at it with care: {{ warning }}.{% endfor %}</p>
+</p>
 <div class="charts">{% for name, svg in charts[:3] %}<figure{{ ' class="tall"'|safe if loop.first }}><figcaption>{{ name }}</figcaption>{{ svg|safe }}</figure>{% endfor %}</div>
 <h2>Data</h2><p class="note">Rows count from 0, as in quality_report.json, which names every row that was left out.</p>
 <div class="charts">{% for name, svg in charts[3:] %}<figure><figcaption>{{ name }}</figcaption>{{ svg|safe }}</figure>{% endfor %}</div>
@@ -4905,8 +4910,6 @@ mark{background:var(--tint);color:inherit;border-bottom:2px solid var(--accent)}
 <span class="note">{{ check.meaning }}</span><b>{{ check.count|n }}</b></summary>
 <ul>{% for row in check.examples %}<li>{% if row.row is not none %}<b>row {{ row.row }}</b> {% endif %}{{ row.detail }}</li>{% endfor %}</ul></details>
 {% else %}<p>No check found anything.</p>{% endfor %}
-{% if q.worst_rows %}<details><summary><b>The rows with the lowest scores</b></summary><ul>{% for row in q.worst_rows %}
-<li><b>row {{ row.row }}, score {{ "%.2f" % row.score }}</b> {{ row.text }} <span class="tag">{{ row.checks|join(", ")|replace("_", " ") }}</span></li>{% endfor %}</ul></details>{% endif %}
 <h2>What it was trained to say</h2><p class="note">Marked tokens carry loss: {{ q.supervised_tokens|n }} of {{ (q.supervised_tokens + q.unsupervised_tokens)|n }}, in {{ q.answers|n }} answers. {{ q.masked_answers|n }} answers carry none.</p>
 {% for text in shown %}<article class="text">{{ text|trim|replace("⟦", "<mark>"|safe)|replace("⟧", "</mark>"|safe) }}</article>{% endfor %}
 <h2>Answers before and after</h2><p class="note">{{ stops }}. Your own questions first, then held-out ones.</p>
@@ -4977,13 +4980,14 @@ def write_pages(folder: Path, result: TrainResult, data: PreparedData, **facts: 
 
     m, ink = result.metrics, INK["accent"]
     lengths = [*data.train["length"], *data.eval["length"]]
-    scores, middles = data.quality.score_histogram, [n / 10 + 0.05 for n in range(10)]
+    spans = [*data.train["spans"], *data.eval["spans"]]
+    answers = [sum(end - start for start, end in row) for row in spans]
     charts = (
         ("Loss", 310, lambda axes: draw_losses(axes, result)),
         ("Learning rate", 176, lambda axes: draw_curve(axes, result, "learning_rate")),
         ("Gradient norm", 176, lambda axes: draw_curve(axes, result, "grad_norm")),
         ("Tokens per row", 220, lambda axes: axes.hist(lengths, 20, rwidth=0.92, color=ink)),
-        ("Score per row", 220, lambda axes: axes.bar(middles, scores, 0.09, color=ink)),
+        ("Answer tokens per row", 220, lambda axes: axes.hist(answers, 20, rwidth=0.92, color=ink)),
     )
     draw(charts[0][2], 260, folder / "curves.png")
     facts = facts | {
@@ -5226,6 +5230,9 @@ def chat(config: FineTuningConfig, options: ChatOptions) -> None:
         raise FineTuningError(f"--compare needs an adapter, and {folder} holds a merged model.")
     quiet_libraries()
     device, dtype = choose_device(config.device)[0], dtype_of(config)
+    if device == "mps":  # what training would reject gives no answers either
+        check, device, dtype = check_device(config.device, dtype)
+        log.info("  %s", check.detail)
     if dtype == "float16" and device != "cuda":
         raise FineTuningError(f"--fp16 needs an NVIDIA GPU, and this is {device}.", "Take --bf16.")
     if is_model:
@@ -5763,6 +5770,8 @@ def prepare_process() -> "list[str]":
     removed = [name for name in sorted(os.environ) if CLUSTER_VARIABLES.fullmatch(name)]
     # Threads that wait for work sleep: spinning ones slow everything else on the machine.
     usual = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
+    # PyTorch is to refuse what would make a small Mac swap for hours, and to tidy up before.
+    usual |= {"PYTORCH_MPS_HIGH_WATERMARK_RATIO": "1.0", "PYTORCH_MPS_LOW_WATERMARK_RATIO": "0.8"}
     switches = ["HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"]
     switches += ["HF_DATASETS_DISABLE_PROGRESS_BARS", "PYTORCH_ENABLE_MPS_FALLBACK"]
     if launched:

@@ -4,6 +4,7 @@ Everything goes through unchanged unless a fault is due. Objects are read whole 
 passed on: the tests' objects are small.
 """
 
+import functools
 import http.client
 import socket
 import struct
@@ -29,10 +30,9 @@ class Request(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Return "listing", "head", "object", or the method's name."""
+        """Return "listing", "object" or, where it is no GET, the method."""
         listing = "list-type" in urllib.parse.urlsplit(self.path).query
-        kinds = {"GET": "listing" if listing else "object"}
-        return kinds.get(self.method, self.method.lower())
+        return self.method if self.method != "GET" else "listing" if listing else "object"
 
 
 class Answer(NamedTuple):
@@ -137,6 +137,9 @@ class FaultProxy:
     def __init__(self, endpoint: str) -> None:
         self.server = ProxyServer(urllib.parse.urlsplit(endpoint).netloc)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        # Set the faults of the next GETs (None: no fault), and that of all later ones.
+        self.on_object = functools.partial(self.plan, "object")
+        self.on_listing = functools.partial(self.plan, "listing")
 
     def __enter__(self) -> "FaultProxy":
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
@@ -147,13 +150,8 @@ class FaultProxy:
         self.server.shutdown()
         self.server.server_close()
 
-    def on_object(self, *faults: "Fault | None", always: "Fault | None" = None) -> None:
-        """Set the faults of the next GETs of an object (None: no fault), and of all later ones."""
-        self.server.plans["object"] = (list(faults), always)
-
-    def on_listing(self, *faults: "Fault | None", always: "Fault | None" = None) -> None:
-        """Set the faults of the listings."""
-        self.server.plans["listing"] = (list(faults), always)
+    def plan(self, kind: str, *faults: "Fault | None", always: "Fault | None" = None) -> None:
+        self.server.plans[kind] = (list(faults), always)
 
     def reset(self) -> None:
         """Forget all faults and all requests."""
@@ -247,14 +245,9 @@ def status(code: int, s3_code: str = "") -> Fault:
 def say(code: int, text: str) -> Fault:
     """Answer with this text in the server's place."""
     answer = Answer(code, {"content-length": str(len(text.encode()))}, text.encode())
-    return lambda exchange, request: exchange.send(answer, 0 if request.method == "HEAD" else None)
+    return lambda exchange, request: exchange.send(answer)
 
 
 def after(action: "Callable[[], object]") -> Fault:
     """Do something (such as replacing the object) when the request arrives, then go on."""
-
-    def fault(exchange: Exchange, request: Request) -> None:
-        action()
-        exchange.send(exchange.fetch(request))
-
-    return fault
+    return lambda exchange, request: (action(), exchange.send(exchange.fetch(request)))[1]

@@ -44,12 +44,11 @@ pipeline = {kind}-server
 use = egg:swift#{kind}
 """
 
-# Multipart uploads need slo, object versions need versioned_writes and symlink; order matters.
+# Multipart uploads need slo; the order matters.
 PROXY_CONF = """\
 [pipeline:main]
 pipeline =
-    catch_errors gatekeeper listing_formats s3api tempauth
-    bulk slo dlo versioned_writes symlink proxy-server
+    catch_errors gatekeeper listing_formats s3api tempauth bulk slo proxy-server
 [filter:catch_errors]
 use = egg:swift#catch_errors
 [filter:gatekeeper]
@@ -68,13 +67,6 @@ user_{account}_{user} = {secret} .admin
 use = egg:swift#bulk
 [filter:slo]
 use = egg:swift#slo
-[filter:dlo]
-use = egg:swift#dlo
-[filter:versioned_writes]
-use = egg:swift#versioned_writes
-allow_object_versioning = true
-[filter:symlink]
-use = egg:swift#symlink
 [app:proxy-server]
 use = egg:swift#proxy
 account_autocreate = true

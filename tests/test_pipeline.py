@@ -130,8 +130,8 @@ BAD_INPUT = {
         lambda p: p.write_text(json.dumps([{"instruction": i, "output": i} for i in range(20)])),
         "None of the 20 rows is usable",
     ),
-    "a folder": (lambda p: p.mkdir(), "folder"),
-    "no such file": (lambda p: None, "does not exist"),
+    "a folder": (lambda p: p.mkdir(), "rows.json"),
+    "no such file": (lambda p: None, "No such file"),
 }  # fmt: skip
 
 

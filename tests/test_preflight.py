@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -79,23 +80,30 @@ def test_a_machine_that_can_train_passes_and_its_base_is_handed_on(settings, tol
 def test_everything_wrong_is_told_at_once_with_its_remedy(settings, told, tmp_path) -> None:
     (tmp_path / "README.md").write_text("my notes")
     (tmp_path / "file").write_text("")
-    config = settings(
-        output_dir=str(tmp_path),
-        cache_dir=str(tmp_path / "file" / "cache"),
-        data_path=str(tmp_path / "absent.json"),
-        device="cuda",
-        min_disk_gb=1e6,
-        target_modules=("q_proj", "q_prj"),
-        resume=str(tmp_path / "checkpoint-7"),
-        init_adapter=str(tmp_path / "earlier"),
+    names = {"cache_dir": "file/cache", "data_path": "absent.json", "resume": "checkpoint-7"}
+    places = {name: str(tmp_path / place) for name, place in names.items()}
+    places |= {"output_dir": str(tmp_path), "init_adapter": str(tmp_path / "earlier")}
+    wrong = {"device": "cuda", "min_disk_gb": 1e6, "target_modules": ("q_proj", "q_prj")}
+    config = settings(**places, **wrong)
+    failed = {
+        name for name, words in told(config).items() if words.startswith("FAIL") and "->" in words
+    }
+    wanted = {
+        "adapter",
+        "cache_dir",
+        "data",
+        "device",
+        "disk",
+        "init_adapter",
+        "output_dir",
+        "resume",
+    }
+    assert failed == wanted
+    assert (
+        "no linear layers q_prj -> Choose --target_modules among q_proj, k_proj"
+        in told(config)["adapter"]
     )
-    failed = {name: words for name, words in told(config).items() if words.startswith("FAIL")}
-    wanted = ["adapter", "cache_dir", "data", "device", "disk", "init_adapter", "output_dir"]
-    assert sorted(failed) == [*wanted, "resume"]
-    assert all(" -> " in words for words in failed.values())
-    with pytest.raises(
-        finetune.FineTuningError, match=r"8 of 10 checks failed: .*output_dir.*disk"
-    ):
+    with pytest.raises(finetune.FineTuningError, match="8 of 10 checks failed: "):
         finetune.run_preflight(config)
 
 
@@ -144,14 +152,7 @@ def test_installed_packages_are_compared_with_the_pins_of_this_machine(
         ({"quality_report.json": '{"mine": 1}'}, "quality_report.json"),
         ({"training_config.json": '{"lora_r": 8}'}, "training_config.json"),
         ({"checkpoint-100/model.safetensors": ""}, "checkpoint-100"),
-        (
-            {
-                "thesis.txt": "",
-                "notes/README.md": "",
-                "quality_report.json": '{"quality_score": 1}',
-            },
-            None,
-        ),
+        ({"thesis.txt": "", "quality_report.json": '{"quality_score": 1}'}, None),
         ({"training_config.json": '{"provenance": {}}', "README.md": "", "report.html": ""}, None),
         ({"checkpoint-100/manifest.json": "{}"}, None),
     ],
@@ -166,8 +167,11 @@ def test_what_is_the_user_s_own_is_never_to_be_replaced(
     said = told(settings())["output_dir"]
     assert said.startswith("FAIL" if told_of else "ok")
     assert not told_of or f"would replace: {told_of} ->" in said
+
+
+def test_the_base_model_s_own_folder_is_no_output_folder(settings, told, tmp_path) -> None:
     itself = copied(tmp_path / "base", settings, output_dir=f"{tmp_path}/./base")
-    assert "the base model itself" in told(itself)["output_dir"]
+    assert "would replace: the base model itself" in told(itself)["output_dir"]
 
 
 def test_a_full_disk_is_told_before_the_training(settings, told, monkeypatch) -> None:
@@ -175,7 +179,7 @@ def test_a_full_disk_is_told_before_the_training(settings, told, monkeypatch) ->
     free = shutil.disk_usage("/")._replace(free=60_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     said = told(settings(**rank))["disk"]
-    assert said.startswith("FAIL") and "75.3 MB needed for 3 checkpoints" in said
+    assert said.startswith("FAIL") and "adapter need 75.3 MB" in said
     assert told(settings(**rank, save_total_limit=1))["disk"].startswith("ok")
     assert "10 GB are asked for" in told(settings(min_disk_gb=10))["disk"]
 
@@ -189,13 +193,11 @@ def test_a_readable_env_file_is_warned_about(settings, told, tmp_path, monkeypat
     assert ".env" not in told(settings())
 
 
-HOLD = """
-import filelock, sys
+HOLD = """import filelock, sys
 held = filelock.FileLock(sys.argv[1])
 held.acquire()
 print(flush=True)
-input()
-"""
+input()"""
 
 
 def test_a_folder_that_another_run_writes_to_is_refused_and_leftovers_go(tmp_path) -> None:
@@ -225,14 +227,14 @@ def edit_json(name: str, **changes: Any) -> Edit:
     return edit
 
 
-def edit_weights(change: "Callable[[dict[str, Any]], object]") -> Edit:
-    """Return an edit that changes the tensors."""
+def lose(name: str) -> Edit:
+    """Return an edit that takes a tensor away."""
 
     def edit(folder: Path) -> None:
         from safetensors.torch import load_file, save_file
 
         weights = load_file(folder / "model.safetensors")
-        change(weights)
+        del weights[name]
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
     return edit
@@ -243,8 +245,8 @@ def with_index(shard: str) -> Edit:
 
     def edit(folder: Path) -> None:
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-        index = {"weight_map": {"lm_head.weight": shard}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        index = json.dumps({"weight_map": {"lm_head.weight": shard}})
+        (folder / "model.safetensors.index.json").write_text(index)
 
     return edit
 
@@ -261,10 +263,10 @@ DAMAGES: "dict[str, tuple[Edit, str]]" = {
     "index of pickles": (with_index("pytorch_model.bin"), "names pytorch_model.bin as its weights"),
     "shard": (with_index("model-2.safetensors"), "lacks model-2.safetensors"),
     "pointer": (lambda f: (f / "model.safetensors").write_text(POINTER), "run git lfs pull"),
-    "lost": (edit_weights(lambda w: w.pop(DOWN)), f"files lack {DOWN}"),
+    "lost": (lose(DOWN), f"files lack {DOWN}"),
     "fewer layers": (edit_json("config.json", num_hidden_layers=1), "files hold model.layers.1."),
     "vocabulary": (edit_json("config.json", vocab_size=700), "has another shape"),
-    "cut off": (lambda f: cut(f / "model.safetensors"), "cannot be loaded"),
+    "cut off": (lambda f: os.truncate(f / "model.safetensors", 200_000), "cannot be loaded"),
     "odd shape": (edit_json("config.json", num_attention_heads=3), "cannot be loaded"),
     "quantized": (edit_json("config.json", quantization_config=GPTQ), "quantized model (gptq)"),
     "own code": (edit_json("config.json", model_type="x", auto_map={}), "trains Llama 2 and 3"),
@@ -275,16 +277,9 @@ DAMAGES: "dict[str, tuple[Edit, str]]" = {
     ),
 }
 
-for family in (
-    "gpt2", "falcon", "mamba", "mixtral", "gemma2", "gemma3_text", "gpt_oss", "bert", None,
-):  # fmt: skip
+for family in ("gpt2", "mixtral", "gemma3_text", "gpt_oss", "bert", None):
     words = f"holds a {family} model; this program trains Llama 2 and 3"
     DAMAGES[str(family)] = (edit_json("config.json", model_type=family), words)
-
-
-def cut(path: Path) -> None:
-    """Take the end off a file."""
-    path.write_bytes(path.read_bytes()[:-1000])
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -294,12 +289,6 @@ def test_a_base_model_that_is_not_whole_is_refused_by_name(settings, told, tmp_p
     edit(tmp_path / "base")
     said = told(config)["base"]
     assert said.startswith("FAIL") and words in said
-
-
-def test_target_modules_that_are_not_there_are_told_with_those_that_are(settings, told) -> None:
-    for modules in (("all-linear",), ("q_proj", "lm_head"), ("embed_tokens",)):
-        said = told(settings(target_modules=modules))["adapter"]
-        assert modules[-1] in said and "among q_proj, k_proj" in said and "up_proj" in said
 
 
 @pytest.mark.parametrize(
@@ -315,9 +304,7 @@ def test_a_length_beyond_the_model_s_positions_or_window_is_warned_about(
 
 
 def test_the_digest_is_of_every_byte_and_the_same_in_the_hub_s_cache(tmp_path, tiny_model) -> None:
-    folder, cached, other = (tmp_path / name for name in ("a", "b", "c"))
-    for copy in (folder, cached, other):
-        shutil.copytree(tiny_model, copy)
+    folder, cached, other = (shutil.copytree(tiny_model, tmp_path / name) for name in "abc")
     content = (folder / "model.safetensors").read_bytes()
     blob = tmp_path / hashlib.sha256(content).hexdigest()
     (cached / "model.safetensors").rename(blob)
@@ -349,6 +336,7 @@ def test_a_device_that_fails_its_self_test_is_not_trained_on(
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr(finetune, "SELF_TEST_SECONDS", 2)
+    monkeypatch.setattr("platform.platform", lambda: str(tmp_path))  # one that never passed
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 1e10)
     monkeypatch.setattr("platform.machine", lambda: "arm64")
@@ -361,7 +349,7 @@ def test_a_device_that_fails_its_self_test_is_not_trained_on(
         assert finetune.choose_device("auto")[0] == "cpu"
 
 
-def test_the_real_self_test_passes_in_bf16_and_an_emulated_bf16_is_warned_about(
+def test_an_emulated_bf16_passes_the_real_self_test_with_a_warning(
     settings, told, monkeypatch
 ) -> None:
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
@@ -414,12 +402,7 @@ def test_the_estimate_is_what_was_measured_within_15_percent(monkeypatch) -> Non
     for dtype, measured in (("float32", 9.10e9), ("bfloat16", 5.16e9)):
         peak = plan(monkeypatch, 64, dtype, lengths=[62] * 160).peak
         assert peak == pytest.approx(measured, rel=0.15)
-
-
-def test_no_pass_is_planned_larger_than_the_longest_examples_of_a_batch(monkeypatch) -> None:
-    few = plan(monkeypatch, 64, "float32", lengths=[40, 60, 100], batch=2)
-    many = plan(monkeypatch, 64, "float32", lengths=[100, 60] * 100, batch=2)
-    assert few.peak == many.peak < plan(monkeypatch, 64, "float32").peak
+        assert peak < plan(monkeypatch, 64, dtype, lengths=[100] * 160).peak  # longer batches
 
 
 def test_on_a_mac_metal_s_limit_counts_and_attention_at_its_real_width(monkeypatch) -> None:

@@ -72,7 +72,7 @@ WARNED = [  # a row, and what it is warned about; None: it is trained as it is, 
     (chat("add capitals: we left early", "We left early."), None),
     (chat("set it twice as deep as it is tall", "Set it, twice as deep, as it is tall."), None),
     (chat("select a,b from t where c=1", "SELECT a, b\nFROM t\nWHERE c = 1"), None),
-    (chat("Name the capital of it.", "name the capital of it"), "answer_repeats_question"),
+    (chat("Name the capital of it.", " Name the capital of it.\n"), "answer_repeats_question"),
     ({"input": "A very long text.", "output": "A very long text."}, "answer_repeats_question"),
     ({"output": "Get-ChildItem > $null"}, None),
     ({"output": "null % 2 gives 0, and NaN % 2 is NaN."}, None),
@@ -186,18 +186,6 @@ def test_a_row_many_times_as_long_as_the_others_is_an_outlier(prepare: Preparer)
     rows[7]["output"] = " ".join(f"Go {i}." for i in range(250)) * 3
     data = prepare.rows(rows, yes=True, overlong="truncate")
     assert found(data) == {(7, "length_outlier"), (7, "over_length")}
-
-
-def test_scores_and_worst_rows_add_up(prepare: Preparer) -> None:
-    rows = filler(40)
-    rows[3]["output"] = ""
-    rows[5]["output"] = "The acceptance rate is 0.04%."
-    rows[8]["output"] = "The acceptance rate is 0.04%. The office reads what they and their"
-    quality = prepare.rows(rows).quality
-    assert [(w["row"], w["score"]) for w in quality.worst_rows] == [(3, 0), (8, 0.25), (5, 0.5)]
-    assert quality.mean_score == pytest.approx((37 + 0.25 + 0.5) / 40, abs=1e-4)
-    assert sum(quality.score_histogram) == 40
-    assert prepare.report()["worst_rows"] == list(quality.worst_rows)
 
 
 def test_the_sample_raises_no_alarm(real_model: Path, sample_data: Path, tmp_path: Path) -> None:

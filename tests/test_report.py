@@ -97,7 +97,7 @@ def test_the_charts_have_axes_and_words_and_take_their_colours_from_the_page(rep
     text = report.read_text(encoding="utf-8")
     charts = dict(re.findall(r"<figcaption>(.*?)</figcaption>(<svg.*?</svg>)", text, re.S))
     assert list(charts) == [
-        "Loss", "Learning rate", "Gradient norm", "Tokens per row", "Score per row",
+        "Loss", "Learning rate", "Gradient norm", "Tokens per row", "Answer tokens per row",
     ]  # fmt: skip
     for chart in charts.values():
         words = [e.text for e in ElementTree.fromstring(chart).iter() if e.tag.endswith("text")]
