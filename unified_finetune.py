@@ -616,7 +616,7 @@ class StopRequest:
     """
 
     number = 0  # of the signal that arrived; 0: none
-    arrived = 0.0
+    arrived = handled = 0.0
     deferred = False
 
     def install(self) -> None:
@@ -641,6 +641,9 @@ class StopRequest:
 
     def handle(self, number: int, _frame: object) -> None:
         """Obey in the main thread, between two steps of Python."""
+        if self.handled and time.monotonic() - self.handled >= 0.3:  # where `watch` gets no turn
+            os._exit(128 + number)
+        self.handled = self.handled or time.monotonic()
         if not self.number:
             self.number, self.arrived = number, time.monotonic()
         if self.deferred:
@@ -654,7 +657,7 @@ class StopRequest:
 
     def forget(self) -> None:
         """Take a request as dealt with, as chat does when Ctrl-C has stopped an answer."""
-        self.number = 0
+        self.number, self.handled = 0, 0.0
 
 
 stop = StopRequest()
@@ -1262,14 +1265,6 @@ def open_base_model(model_name: str) -> BaseModel:
 
 
 Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}
-TEMPLATE_FAULTS = (
-    TypeError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    RecursionError,
-)
 
 
 def render_chat(
@@ -1279,9 +1274,10 @@ def render_chat(
     from jinja2.exceptions import TemplateError
 
     how: dict[str, Any] = {"tokenize": False, "add_generation_prompt": answer_next}
+    odd = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
     try:
         return str(tokenizer.apply_chat_template([dict(m) for m in messages], **how))
-    except (TemplateError, *TEMPLATE_FAULTS) as error:
+    except (TemplateError, *odd) as error:
         what = f"The model's chat template refuses these messages: {first_line(error)}"
         hint = "Some templates take no system message, or only alternating turns."
         raise FineTuningError(what, hint) from error
@@ -1435,7 +1431,7 @@ LONGEST_MATH_ROW = 256  # beyond it, attention scores cost more memory than they
 HEAD_CHUNK = 512  # supervised positions per slice of logits: bounds the head's memory
 LONGEST_SUM = 16_384  # terms that MPS adds up in one product; from 32,767 on it may go wrong
 # On MPS, sizes of a pass are multiples of these. What fills them up weighs nothing.
-BUCKETS = {"rows": 16, "width": 64, "tokens": 160, "supervised": 128}
+BUCKETS = {"width": 64, "tokens": 160, "supervised": 128}
 # Relative differences of losses and logits that rounding explains, between kernels for one thing.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
 
@@ -1491,9 +1487,9 @@ def lay_out(
     inputs = [e["input_ids"][: e["spans"][-1][1] - 1] for e in examples]
     fill = device.startswith("mps") if fill is None else fill
     step = BUCKETS if fill else dict.fromkeys(BUCKETS, 1)
-    # A filled row has a cell of its own behind its tokens.
-    rows, width = len(examples), max(map(len, inputs)) + fill
-    rows, width = rows + -rows % step["rows"], width + -width % step["width"]
+    width = max(map(len, inputs)) + fill  # a row that is filled up has a cell behind its tokens
+    width += -width % step["width"]
+    rows = len(examples) + fill * (-len(examples) % max(1, 512 // width))  # long ones cost too much
     places: dict[tuple[int, int], int] = {}  # (place of the token before, token) -> place
     ids, positions, gather, scatter, shared, keep, targets = parts = [list[int]() for _ in range(7)]
     for row, (example, tokens) in enumerate(zip(examples, inputs, strict=True)):
@@ -1985,6 +1981,7 @@ class StoredObject(NamedTuple):
 
 Objects = list[StoredObject]
 Texts = Sequence[str]
+
 # --- asking the bucket
 
 GO_ON = "Check the internet connection, then run the same command again: it goes on from here."
@@ -2264,14 +2261,15 @@ def plan_memory(
     weights = base.parameters * width
     # The adapter: weights, gradients, two Adam moments, and the best weights so far, all fp32.
     fixed = RUNTIME_BYTES + weights + trainable * 20 + 3 * HEAD_CHUNK * base.vocabulary * 4
-    row, score = LONGEST_MATH_ROW, base.heads * width
+    row, score, filling = LONGEST_MATH_ROW, base.heads * width, 0
     qkv = (3 * base.hidden + 2 * base.key_value) * width
     if device == "mps":  # it keeps the scores of whole rows, and q, k, v once more, in fp32
         row, score, qkv = longest, base.heads * 4, qkv + 12 * base.hidden
+        filling = BUCKETS["tokens"]
 
     def estimate(budget: int, again: bool) -> int:
         """Return the bytes that training with passes of at most `budget` tokens needs."""
-        tokens = min(budget, most)
+        tokens = min(budget, most) + filling
         feed_forward = 3 * base.feed_forward * width
         # RMSNorm saves its input in fp32, twice a layer.
         layer = 12 * base.hidden + qkv + score * min(tokens, row) + feed_forward
@@ -2419,12 +2417,13 @@ def run_self_test(device: str, dtype: str) -> None:
 def self_test(device: str, dtype: str) -> "str | None":
     """Let a child, which may hang or crash, test a device; return what is wrong, or None.
 
-    That a GPU passed is remembered for this system and PyTorch.
+    That a GPU passed is remembered for this machine, its system, PyTorch and this file.
     """
     import torch
 
     record, known = PROGRAM_FOLDER / "cache" / "self_test.json", dict[str, Any]()
-    key = " ".join([device, dtype, platform.platform(), torch.__version__, __version__])
+    program, machine = sha256_of(Path(__file__)), (platform.node(), platform.platform())
+    key = " ".join([device, dtype, *machine, torch.__version__, program])
     with contextlib.suppress(FineTuningError):
         known = read_json(record) if device != "cpu" else {}
     if known.get(key) == "passed":
@@ -4161,7 +4160,8 @@ class Training:
             log.warning(words, what, human_seconds(patience))
             if self.device != "cpu" and process_count() == 1 and not ended.wait(2 * patience):
                 log.warning("  %s hangs: beginning again from the last checkpoint on the CPU", what)
-                again = ["--device", "cpu", "--resume", "auto", "--overwrite", "false"]
+                resume = "auto" if self.config.resume == "never" else self.config.resume
+                again = ["--device", "cpu", "--resume", resume, "--overwrite", "false"]
                 script = str(Path(__file__).resolve())
                 os.execv(sys.executable, [sys.executable, script, *sys.argv[1:], *again])  # noqa: S606
 

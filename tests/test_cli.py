@@ -283,6 +283,7 @@ def test_a_wrong_value_is_named_with_what_was_expected_and_its_place(
         ("--seed -1", "seed must be at least 0"),
         ("--seed 4294967296", "seed must be at most 4294967295"),
         ("--min_data_quality_score 85", "min_data_quality_score must be at most 1"),
+        ("--gradient_accumulation_steps 1e30", "gradient_accumulation_steps must be at most 2147"),
         ("--optim adamw_torc", "did you mean 'adamw_torch'?"),
         ("--output_dir=", "output_dir must not be empty"),
         ("--train_split 0.95", "train_split 0.95 and eval_split 0.1 add up to more than 1"),

@@ -1,6 +1,7 @@
 """The order of the file: fourteen sections, each using only what stands above it."""
 
 import ast
+import functools
 import re
 from collections import Counter
 from pathlib import Path
@@ -17,6 +18,7 @@ MOST_LINES = 5850  # may only fall; 5,200 is the goal
 RULE = re.compile(r"# ={20,}")
 
 
+@functools.cache
 def banners() -> "dict[int, str]":
     """Return the line on which each section begins, with its title."""
     return {

@@ -336,7 +336,7 @@ def test_a_device_that_fails_its_self_test_is_not_trained_on(
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr(finetune, "SELF_TEST_SECONDS", 2)
-    monkeypatch.setattr("platform.platform", lambda: str(tmp_path))  # one that never passed
+    monkeypatch.setattr(finetune, "PROGRAM_FOLDER", tmp_path)  # where nothing is remembered
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 1e10)
     monkeypatch.setattr("platform.machine", lambda: "arm64")

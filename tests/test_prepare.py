@@ -169,6 +169,7 @@ def test_every_broken_file_stops_with_its_own_message(
         ("instruction,output\na,b\xe9\n".encode("latin-1"), r"byte 0xE9 .*\(line 2\)"),
         ('{"a": [1], "b": [2]}', r"not an array of rows .*it has: a, b"),
         ('{"instruction": ["a"], "output": ["b"]}', "not an array of rows"),
+        ("instruction,output,output\nq,a,b\n", "has a column twice"),
         ('[{"instruction": "a"}, oops]', "line 1, column 24"),
         ('[\n{"instruction": "a"}\n{"instruction": "b"}]', "line 3, column 1: .*','"),
         ("[" * 100_000, "nested too deeply"),

@@ -291,3 +291,20 @@ def test_odd_arguments_are_refused_before_anything_starts(run_cli, arguments, wo
     odd = {"HF_ENDPOINT": "http://127.0.0.1:port"}  # the hub's library fails at its import
     done = run_cli(*(os.fsdecode(a) for a in arguments), env=odd)
     assert done.code == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("odd", [{"num_attention_heads": 0}, {"pad_token_id": 99999}])
+def test_a_config_json_with_impossible_numbers_is_refused_in_words(tiny_model, tmp_path, odd):
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | odd))
+    with pytest.raises(finetune.FineTuningError, match="cannot be loaded"):
+        finetune.open_base_model(str(base))
+
+
+@pytest.mark.parametrize("code", ["{% for i in range(10**9) %}{% endfor %}", "{{ 1 / 0 }}"])
+def test_a_template_that_fails_in_any_way_refuses_the_messages(tiny_model, code):
+    tokenizer = finetune.load_tokenizer(Path(tiny_model))
+    tokenizer.chat_template = code
+    with pytest.raises(finetune.FineTuningError, match="template refuses"):
+        finetune.render_chat(tokenizer, [{"role": "user", "content": "Hi"}], answer_next=True)

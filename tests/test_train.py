@@ -216,15 +216,18 @@ def test_filled_passes_of_real_rows_repeat_a_few_shapes(assets, tiny_model):
         prompt, ids = finetune.tokenize(tokenizer, texts)
         small = [3 + i % 200 for i in ids]  # the tiny model's tokens; equal beginnings stay equal
         examples.append({"input_ids": small, "spans": [[len(prompt), len(ids)]]})
-    shapes, computed, real = Shapes(), 0, 0
+    shapes, computed, real, layouts = Shapes(), 0, 0, set()
     for step in range(200):
         batch = examples[16 * step : 16 * step + 16]
         real += len(finetune.lay_out(batch, "cpu").scatter)
-        with shapes:
-            layout = finetune.lay_out(batch, "cpu", step, fill=True)
-            finetune.pass_loss(model, layout).backward()
+        layout = finetune.lay_out(batch, "cpu", step, fill=True)
         computed += len(layout.scatter)
-    print(len(shapes.seen), 1 - real / computed, real / 200)
+        sizes = tuple(getattr(part, "shape", None) for part in layout)
+        if (layout.rows, layout.width, sizes) not in layouts:  # the others repeat what one did
+            layouts.add((layout.rows, layout.width, sizes))
+            with shapes:
+                layout = finetune.lay_out(batch, "cpu", step, fill=True)
+                finetune.pass_loss(model, layout).backward()
     assert len(shapes.seen) <= 300
     assert 1 - real / computed <= 0.12
 
@@ -477,7 +480,7 @@ passes, embed = [], functional.embedding
 
 def hang(*args, **kwargs):
     passes.extend([1] * is_grad_enabled())
-    if len(passes) == 8:
+    if len(passes) == 14:
         ctypes.CDLL(None).sleep(600)  # in C, where no handler of Python runs
     return embed(*args, **kwargs)
 
@@ -491,7 +494,7 @@ sys.exit(finetune.main())
 def test_a_hang_ends_in_a_run_on_the_cpu_with_the_same_adapter(tmp_path, tiny_model, sample_data):
     def run(name, *start):
         arguments = ["--model_name", tiny_model, "--data_path", sample_data, "--save_steps", "1",
-                     "--min_disk_gb", "0", "--num_train_epochs", "1", "--output_dir", name,
+                     "--min_disk_gb", "0", "--num_train_epochs", "0.5", "--output_dir", name,
                      "--log_dir", "logs", "--yes"]  # fmt: skip
         command = [sys.executable, *start, *map(str, arguments)]
         path = str(Path(finetune.__file__).parent)
