@@ -102,7 +102,10 @@ def test_training_config_repeats_the_run_byte_for_byte(run_cli, tiny_model, samp
     assert one == two
 
 
-@pytest.mark.parametrize("name", ["alpaca_clean_sample.jsonl", "short_answers_7888.json"])
+ALPACA = pytest.param("alpaca_clean_sample.jsonl", marks=pytest.mark.scale)
+
+
+@pytest.mark.parametrize("name", [ALPACA, "short_answers_7888.json"])
 def test_real_data_lowers_the_loss_of_a_real_model(run_cli, assets, tmp_path, name):
     model = assets / "models/stories260K-llama-hf"
     epochs = "0.35" if name.endswith("jsonl") else "0.1"

@@ -592,14 +592,12 @@ def test_every_process_makes_the_same_split(tiny_model: Path, tmp_path: Path) ->
         "data = Preparer(Path(sys.argv[1]), Path(sys.argv[2])).file(Path(sys.argv[3]))\n"
         "print(data.train['row'][:], data.eval['row'][:])"
     )
-    outputs = set()
-    for seed in ("1", "2"):
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path), str(tiny_model), str(path)],
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        outputs.add(done.stdout)
-    assert len(outputs) == 1
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), str(tiny_model), str(path)],
+        env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    data = Preparer(tmp_path / "own", tiny_model).file(path)
+    assert done.stdout == f"{data.train['row'][:]} {data.eval['row'][:]}\n"
