@@ -335,7 +335,7 @@ def test_a_log_folder_that_cannot_be_made_is_a_fault_of_the_settings(run_cli, tm
 
 # --- saved settings
 
-VALUES = {bool: st.booleans(), int: st.integers(8, 2**32 - 1), float: st.floats(0.01, 0.5)}
+VALUES = {bool: st.booleans(), int: st.integers(8, 2**31 - 1), float: st.floats(0.01, 0.5)}
 
 
 def build(given: "list[finetune.Given]") -> FineTuningConfig:

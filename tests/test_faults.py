@@ -259,7 +259,8 @@ def test_a_run_that_is_stopped_in_any_forward_pass_goes_on(runner, calm, tmp_pat
     check_every_end_goes_on(runner, calm, tmp_path, records)
 
 
-@pytest.mark.parametrize(("number", "times", "code"), [(9, 4, -9), (2, 2, 130), (15, 2, 143)])
+@pytest.mark.scale  # kills at every change of the folder and in every pass are tested above
+@pytest.mark.parametrize(("number", "times", "code"), [(9, 8, -9), (2, 3, 130), (15, 3, 143)])
 def test_a_run_that_is_ended_at_random_moments_goes_on(runner, calm, tmp_path, number, times, code):
     chance, ended, attempt = random.Random(number), 0, 0
     while ended < times:

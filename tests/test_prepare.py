@@ -585,6 +585,7 @@ def test_a_conversation_and_its_beginning_stand_on_one_side(prepare: Preparer) -
         assert len({3, 30} & set(prepare.rows(rows, seed=seed).eval["row"])) != 1
 
 
+@pytest.mark.scale
 def test_every_process_makes_the_same_split(tiny_model: Path, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "data.json", filler(150))
     code = (
