@@ -138,12 +138,13 @@ def option(default: Any, help_text: str, **rules: Any) -> Any:
     return field(default=default, metadata={"help": help_text, **rules})
 
 
+# Each record's `problems` are of values that are fine one by one: words, and whether they hold.
+# fmt: off
+# ruff: disable[E501]
 @dataclass(frozen=True, kw_only=True)
 class FineTuningConfig:
     """Hold every setting of a run; no secret is ever one of them."""
 
-    # fmt: off
-    # ruff: disable[E501]
     # --- the model and its adapter
     model_name: str = option("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "base model: a Hugging Face id or a local folder", path=True, filled=True)
     max_seq_length: int = option(1024, "longest example, in tokens", at_least=8)
@@ -199,18 +200,13 @@ class FineTuningConfig:
     yes: bool = option(False, "answer yes to every question", switch=True)
     overwrite: bool = option(False, "replace what another run left in output_dir", switch=True)
     verbose: bool = option(False, "show the log's details on the console too", switch=True)
-    # ruff: enable[E501]
-    # fmt: on
 
-    def problems(self) -> Iterator[str]:
-        """Yield what is wrong with settings that are fine one by one."""
-        if self.train_split + self.eval_split > 1 + 1e-9:
-            splits = f"train_split {self.train_split} and eval_split {self.eval_split}"
-            yield f"{splits} add up to more than 1"
-        if self.fp16 and self.bf16:
-            yield "fp16 and bf16 exclude each other"
-        if self.fp16 and self.device in ("cpu", "mps"):
-            yield f"fp16 works on NVIDIA GPUs only; leave it off for device {self.device}"
+    def problems(self) -> "dict[str, bool]":
+        return {
+            f"train_split {self.train_split} and eval_split {self.eval_split} add up to more than 1": self.train_split + self.eval_split > 1 + 1e-9,
+            "fp16 and bf16 exclude each other": self.fp16 and self.bf16,
+            f"fp16 works on NVIDIA GPUs only; leave it off for device {self.device}": self.fp16 and self.device in ("cpu", "mps"),
+        }
 
     @property
     def effective_batch(self) -> int:
@@ -222,8 +218,6 @@ class FineTuningConfig:
 class ChatOptions:
     """Hold the flags of `chat`."""
 
-    # fmt: off
-    # ruff: disable[E501]
     prompt: "str | None" = option(None, "answer this on stdout, then exit", verbatim=True)
     compare: bool = option(False, "show the base model's answer beside the adapter's")
     no_system_prompt: bool = option(False, "leave out the system message that the adapter was trained with")
@@ -232,46 +226,37 @@ class ChatOptions:
     top_p: float = option(1, "sample from the likeliest tokens that make up this share of the probability", above=0, at_most=1)
     top_k: int = option(0, "sample from so many of the likeliest tokens (0: all)", at_least=0)
     repetition_penalty: float = option(1, "above 1: make tokens that occurred before less likely", at_least=0.1, at_most=10)
-    # ruff: enable[E501]
-    # fmt: on
 
-    def problems(self) -> Iterator[str]:
-        """Yield what is wrong with options that are fine one by one."""
-        if self.prompt is not None and not self.prompt.strip():
-            yield "--prompt must not be empty"
-        if self.temperature == 0 and (self.top_p != 1 or self.top_k != 0):
-            yield "--top_p and --top_k change nothing at temperature 0; add --temperature 0.7"
-        if 0 < self.temperature < 0.01:
-            yield f"--temperature must be 0 or at least 0.01, not {self.temperature}"
+    def problems(self) -> "dict[str, bool]":
+        return {
+            "--prompt must not be empty": self.prompt is not None and not self.prompt.strip(),
+            "--top_p and --top_k change nothing at temperature 0; add --temperature 0.7": self.temperature == 0 and (self.top_p, self.top_k) != (1, 0),
+            f"--temperature must be 0 or at least 0.01, not {self.temperature}": 0 < self.temperature < 0.01,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
     """Hold the flags of `export`."""
 
-    # fmt: off
-    # ruff: disable[E501]
     format: "Literal['merged', 'gguf'] | None" = option(None, "merged: a model folder for transformers, vLLM and mlx-lm; gguf: a file for Ollama, llama.cpp and LM Studio")
     outtype: Literal["f32", "f16", "bf16", "q8_0"] = option("f16", "number format of the weights (q8_0: gguf only)")
     export_dir: "str | None" = option(None, "folder to write, instead of merged or gguf in output_dir", path=True)
     install: "str | None" = option(None, "also hand the GGUF to Ollama under this name")
     quantize: "Literal['q4_K_M', 'q4_K_S', 'q8_0'] | None" = option(None, "with --install: Ollama stores it in this smaller format")
-    # ruff: enable[E501]
-    # fmt: on
 
-    def problems(self) -> Iterator[str]:
-        if self.format is None:
-            yield "--format is missing: merged or gguf"
-        if self.format == "merged" and self.outtype == "q8_0":
-            yield "--outtype q8_0 exists in GGUF files only; for merged take f32, f16 or bf16"
-        if self.format == "merged" and self.install is not None:
-            yield "--install needs --format gguf, which is what Ollama reads"
-        if self.install is not None and not re.fullmatch(r"[A-Za-z0-9][\w.:/-]*", self.install):
-            yield f"--install must be a name like my-model or me/my-model:v1, not {self.install!r}"
-        if self.quantize and self.install is None:
-            yield "--quantize is done by Ollama: add --install NAME"
-        if self.quantize and self.outtype not in ("f32", "f16"):
-            yield "--quantize starts from full weights: take --outtype f16"
+    def problems(self) -> "dict[str, bool]":
+        merged, named = self.format == "merged", self.install is not None
+        return {
+            "--format is missing: merged or gguf": self.format is None,
+            "--outtype q8_0 exists in GGUF files only; for merged take f32, f16 or bf16": merged and self.outtype == "q8_0",
+            "--install needs --format gguf, which is what Ollama reads": merged and named,
+            f"--install must be a name like my-model or me/my-model:v1, not {self.install!r}": named and not re.fullmatch(r"[A-Za-z0-9][\w.:/-]*", str(self.install)),
+            "--quantize is done by Ollama: add --install NAME": self.quantize is not None and not named,
+            "--quantize starts from full weights: take --outtype f16": self.quantize is not None and self.outtype not in ("f32", "f16"),
+        }
+# ruff: enable[E501]
+# fmt: on
 
 
 def fields_of(record: type) -> "dict[str, dataclasses.Field[Any]]":
@@ -289,14 +274,14 @@ def parse_text(value: object, rules: "Mapping[str, Any]") -> str:
     """Return one text; in a path, ~ becomes the home folder."""
     if not isinstance(value, str) or "\0" in value:
         raise ValueError("must be text")
-    odd = any("\ud800" <= c <= "\udfff" for c in value)  # bytes of another encoding
-    if odd and not (rules.get("path") or rules.get("verbatim")):
+    if rules.get("path"):
+        try:
+            return str(Path(value).expanduser()) if value.startswith("~") else value
+        except RuntimeError:
+            raise ValueError("names a home folder that is not there") from None
+    if re.search(r"[\ud800-\udfff]", value) and not rules.get("verbatim"):  # bytes, undecoded
         raise ValueError("must be text in this terminal's encoding (UTF-8)")
-    try:
-        is_home = rules.get("path") and value.startswith("~")
-        return str(Path(value).expanduser()) if is_home else value
-    except RuntimeError:
-        raise ValueError("names a home folder that is not there") from None
+    return value
 
 
 def parse_list(value: object, rules: "Mapping[str, Any]") -> "tuple[str, ...]":
@@ -305,15 +290,14 @@ def parse_list(value: object, rules: "Mapping[str, Any]") -> "tuple[str, ...]":
     if not isinstance(items, (list, tuple)) or not all(isinstance(i, str) for i in items):
         raise ValueError(f"must be a list of {'names' if rules.get('names') else 'texts'}")
     if rules.get("names"):
-        items = [name for item in items for name in item.replace(",", " ").split()]
-        items = [] if items in (["none"], ["None"]) else items
+        items = [i for i in re.split(r"[,\s]+", " ".join(items)) if i not in ("", "none", "None")]
     if not all(item.strip() and item in rules.get("among", items) for item in items):
         raise ValueError(f"must be among {', '.join(rules.get('among', ['no empty texts']))}")
     return tuple(parse_text(item, rules) for item in items)
 
 
-WORDS = dict.fromkeys(("true", "yes", "1", "on"), True)
-WORDS |= dict.fromkeys(("false", "no", "0", "off"), False)
+WORDS = {"true": True, "yes": True, "1": True, "on": True}
+WORDS |= {"false": False, "no": False, "0": False, "off": False}
 LIMITS = {"at_least": operator.ge, "above": operator.gt}
 LIMITS |= {"at_most": operator.le, "below": operator.lt}
 
@@ -321,13 +305,13 @@ LIMITS |= {"at_most": operator.le, "below": operator.lt}
 def parse_scalar(value: Any, kind: type) -> "bool | int | float":
     """Return a truth value, a finite number, or a whole one (as 7.0 and "1e3" are), not rounded."""
     if kind is bool:
-        if isinstance(value, (bool, str)) and str(value).lower() in WORDS:
+        if str(value).lower() in WORDS:
             return WORDS[str(value).lower()]
         raise ValueError("must be true or false")
     with contextlib.suppress(ValueError, OverflowError, TypeError):
         number = math.nan if isinstance(value, bool) else float(value)
-        whole = int(value) if re.fullmatch(r"\s*[-+]?\d+\s*", str(value)) else int(number)
-        if number == float(whole) and (kind is int or not isinstance(value, float)):
+        whole = int(number)  # raises for what is not finite
+        if number == whole and (kind is int or not isinstance(value, float)):
             return whole
         if kind is float:
             return number
@@ -339,8 +323,8 @@ def parse_value(value: Any, kind: Any, rules: "Mapping[str, Any]") -> Any:
     kinds = typing.get_args(kind)
     if type(None) in kinds:
         text = value[0] if isinstance(value, list) and len(value) == 1 else value
-        absent = isinstance(text, str) and text.lower() in ("none", "null", "")
-        if value is None or value == [] or (absent and not rules.get("verbatim")):
+        nothing = str(text).lower() in ("none", "null", "", "[]") and not rules.get("verbatim")
+        if nothing or value is None:
             return None
         if len(kinds) == 3:  # one text, or several, or none
             texts = parse_list(value, rules)
@@ -365,64 +349,57 @@ def parse_value(value: Any, kind: Any, rules: "Mapping[str, Any]") -> Any:
 
 
 # Settings of earlier versions, which an old training_config.json may still hold.
-RETIRED_SETTINGS = {"plausibility_rules": "only the built-in rules are left"}
+RETIRED_SETTINGS = ("plausibility_rules",)
 
 
 def build_record(record: "type[T]", given: Sequence[Given], problems: "list[str]") -> "T | None":
-    """Build a record, later values winning; None where `problems`, which gets all, holds any.
-
-    Defaults are checked like what is given, since somebody may have edited them.
-    """
+    """Build a record, later values winning; None where `problems`, which gets all, holds any."""
     fields, hints = fields_of(record), typing.get_type_hints(record)
-    values: dict[str, Any] = {}
-    wrong: dict[str, str] = {}
-    for name, value, origin in [*((n, f.default, "default") for n, f in fields.items()), *given]:
-        if name not in fields:
-            if name not in RETIRED_SETTINGS or origin.startswith("--"):
-                problems.append(f"{origin}: there is no setting {name!r}{nearest(name, fields)}")
-            continue
-        wrong.pop(name, None)  # an earlier value's fault
+    # Defaults are checked like what is given, since somebody may have edited them.
+    chosen = {name: (f.default, "default") for name, f in fields.items()}
+    for name, value, origin in given:
+        if name in fields:
+            chosen[name] = value, origin
+        elif name not in RETIRED_SETTINGS or origin.startswith("--"):
+            problems.append(f"{origin}: there is no setting {name!r}{nearest(name, fields)}")
+    values = {}
+    for name, (value, origin) in chosen.items():
         try:
             values[name] = parse_value(value, hints[name], fields[name].metadata)
         except ValueError as error:
-            wrong[name] = f"{origin}: {name} {error}, not {value!r}"
-    problems += wrong.values()
-    made = None if wrong else record(**values)
-    problems += typing.cast("Any", made).problems() if made else ()
+            problems.append(f"{origin}: {name} {error}, not {value!r}")
+    if len(values) == len(fields):
+        made: Any = record(**values)
+        problems += [words for words, hold in made.problems().items() if hold]
     return None if problems else made
 
 
 def read_config_file(path: Path, problems: "list[str]") -> "list[Given]":
     """Read settings from a JSON or YAML file, such as an earlier training_config.json."""
+    parse: Callable[[str], Any] = json.loads
+    faults: tuple[type[Exception], ...] = (OSError, ValueError, RecursionError)
     try:
-        text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() in (".yaml", ".yml"):
             import yaml
 
-            try:
-                content = yaml.safe_load(text) or {}
-            except yaml.YAMLError as error:
-                raise ValueError(f"it is not valid YAML: {error}") from error
-        else:
-            content = json.loads(text)
+            parse, faults = yaml.safe_load, (*faults, yaml.YAMLError)
+        content = parse(path.read_text(encoding="utf-8-sig")) or {}
         if not isinstance(content, dict):
             raise ValueError("it must hold one object of settings")
+        # training_config.json carries facts about its run beside the settings.
+        return [(str(name), v, str(path)) for name, v in content.items() if name != "provenance"]
     except ImportError:
         problems.append(f"--config {path} is YAML: pip install PyYAML, or write it as JSON")
-    except (OSError, ValueError, RecursionError) as error:
+    except faults as error:
         problems.append(f"--config {path} cannot be read: {error}")
-    else:  # training_config.json carries facts about its run beside the settings
-        return [(str(name), v, str(path)) for name, v in content.items() if name != "provenance"]
     return []
 
 
 def saved_settings(config: FineTuningConfig) -> "dict[str, Any]":
     """Return the settings that describe the run (not this one call), as JSON values."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(config).items()
-        if not fields_of(FineTuningConfig)[name].metadata.get("switch")
-    }
+    fields = fields_of(FineTuningConfig).items()
+    values = {n: getattr(config, n) for n, f in fields if not f.metadata.get("switch")}
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
 
 
 # ======================================================================================
@@ -435,9 +412,12 @@ def saved_settings(config: FineTuningConfig) -> "dict[str, Any]":
 
 
 class FineTuningError(Exception):
-    """Say what happened (`message`) and what to do (`hint`), in words a user can act on."""
+    """Say what happened (`message`) and what to do (`hint`), in words a user can act on.
 
-    def __init__(self, message: str, hint: str = "", exit_code: int = 1) -> None:
+    The exit code is that of chat and export; a stage sets its own.
+    """
+
+    def __init__(self, message: str, hint: str = "", exit_code: int = 16) -> None:
         super().__init__(hide_secrets(message))
         self.hint, self.exit_code = hide_secrets(hint), exit_code
 
@@ -457,39 +437,35 @@ def remember_secrets(*values: "str | None") -> None:
     known_secrets.update(v.strip() for v in values if v and len(v.strip()) >= 4)
 
 
-class SafeFormatter(logging.Formatter):
-    """Format records, tracebacks included, without secrets."""
+class SafeHandler(logging.StreamHandler["IO[str]"]):
+    """Write records, tracebacks included: without secrets, and without tearing a progress bar."""
 
     def format(self, record: logging.LogRecord) -> str:
         return hide_secrets(super().format(record))
 
-
-class ConsoleHandler(logging.StreamHandler["IO[str]"]):
-    """Write records to stderr without tearing a progress bar that stands there."""
-
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)  # no bar where it is not imported
-        bars = tqdm.external_write_mode(sys.stderr) if tqdm else contextlib.nullcontext()
+        tqdm: Any = getattr(sys.modules.get("tqdm"), "tqdm", None)
+        torn = tqdm and self.stream is sys.stderr  # no bar where tqdm is not imported
+        bars = tqdm.external_write_mode(sys.stderr) if torn else contextlib.nullcontext()
         with contextlib.suppress(OSError, ValueError), bars:  # nobody may read stderr any more
             super().emit(record)
 
 
 def start_logging(folder: Path, *, verbose: bool) -> Path:
     """Send messages to the console and everything, with timestamps, to a new log file."""
-    stamp = f"{datetime.now():%Y%m%d_%H%M%S}"  # local time: a user reads it
+    name = f"unified_finetune_{datetime.now():%Y%m%d_%H%M%S}"  # local time: a user reads it
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for ending in ("", f"_{os.getpid()}"):  # two runs may start in one second
-            path = folder / f"unified_finetune_{stamp}{ending}.log"
+            path = folder / f"{name}{ending}.log"
             with contextlib.suppress(FileExistsError):
-                to_file = logging.FileHandler(path, "x", "utf-8", errors="backslashreplace")
+                stream = path.open("x", encoding="utf-8", errors="backslashreplace")
                 break
     except OSError as error:
         what = f"The log folder {folder} cannot be written: {error.strerror}"
         raise FineTuningError(what, "Choose another one with --log_dir FOLDER.", 2) from error
-    to_file.setFormatter(SafeFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
-    console = ConsoleHandler(sys.stderr)
-    console.setFormatter(SafeFormatter("%(message)s"))
+    console, to_file = SafeHandler(sys.stderr), SafeHandler(stream)
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     if not is_main_process():
         console.setLevel(logging.ERROR)
     elif not verbose:  # what libraries say goes to the file
@@ -537,19 +513,20 @@ def shorten(text: str, length: int = 120) -> str:
 
 def human_bytes(count: float) -> str:
     """Return a byte count as people write it: 999 B, 1.5 MB, 2.20 GB (powers of ten)."""
-    units = (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1), ("B", 1, 0))
-    unit, size, digits = next((u for u in units if count >= u[1]), units[-1])
-    return f"{count / size:.{digits}f} {unit}"
+    for unit, size, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
+        if count >= size:
+            return f"{count / size:.{digits}f} {unit}"
+    return f"{count:.0f} B"
 
 
 def human_seconds(seconds: float) -> str:
     """Return a duration as people write it: 0.4 s, 41 s, 3 min 20 s, 2 h 05 min."""
     minutes, rest = divmod(round(seconds), 60)
-    if minutes < 1:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{rest} s"
-    if minutes < 60:
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes >= 1:
         return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{rest} s"
 
 
 def program_command() -> str:
@@ -571,14 +548,11 @@ def ask(question: str, *, yes: bool) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-PROGRESS_SECONDS = 5.0  # between two lines, where there is no terminal
-
-
 @contextlib.contextmanager
 def progress_bar(
     total: int, unit: str, description: str, initial: int = 0, *, lines: bool = True
 ) -> "Iterator[Callable[..., None]]":
-    """Show a long step's progress: a bar with an ETA in a terminal, else `lines` every few seconds.
+    """Show a long step's progress: a bar with an ETA in a terminal, else `lines` every 5 seconds.
 
     `unit` is a plural, or "B". Gives `advance(count=1, note="")`; the note stands beside the bar.
     """
@@ -588,18 +562,15 @@ def progress_bar(
     terminal = is_main_process() and sys.stderr.isatty()
     if not terminal:
         line = "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}, {rate_noinv_fmt}, {remaining}"
-        look = {"file": io.StringIO(), "bar_format": line + " left{postfix}", "mininterval": 3600}
+        look = {"file": io.StringIO(), "bar_format": line + " left{postfix}"}
+        look |= {"mininterval": 5, "miniters": 1}
     look |= {"unit": unit if unit == "B" else " " + unit, "unit_scale": unit == "B"}
     with tqdm(total=total, initial=initial, desc="  " + description, **look) as bar:
-        told = time.monotonic()
 
         def advance(count: int = 1, note: str = "") -> None:
-            nonlocal told
             if note:
                 bar.set_postfix_str(note, refresh=False)
-            bar.update(count)
-            if lines and not terminal and time.monotonic() - told >= PROGRESS_SECONDS:
-                told = time.monotonic()
+            if bar.update(count) and lines and not terminal:
                 log.info("%s", bar)
 
         yield advance
@@ -681,15 +652,15 @@ def once_for_all(work: "Callable[[], T]") -> "T":
     from accelerate.utils import broadcast_object_list
 
     PartialState()
-    outcome: list[Any] = [None]
+    outcome: list[Any] = [None, None]
     if is_main_process():
         try:
-            outcome = [work()]
+            outcome[0] = work()
         except FineTuningError as error:
-            outcome = [error]
+            outcome[1] = error
     broadcast_object_list(outcome)
-    if isinstance(outcome[0], FineTuningError):
-        raise outcome[0]
+    if outcome[1]:
+        raise outcome[1]
     return typing.cast("T", outcome[0])
 
 
@@ -707,32 +678,28 @@ MANIFEST = "manifest.json"
 
 def existing_parent(path: Path) -> Path:
     """Return the nearest existing folder at or above `path`."""
-    path = path.absolute()
-    while not os.path.exists(path):  # noqa: PTH110 - Path.exists raises in a forbidden folder
-        path = path.parent
-    return path
+    places = (path.absolute(), *path.absolute().parents)
+    return next(p for p in places if os.path.exists(p))  # noqa: PTH110 - Path's raises
 
 
 def disk_error(error: Exception, place: Path, flag: str) -> "FineTuningError | None":
     """Put a failed write into words; None where the disk is not at fault."""
     if isinstance(error, FineTuningError):
         return error
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    with contextlib.suppress(OSError):  # libraries say only that a write came out short
-        full = full or shutil.disk_usage(existing_parent(place)).free < 1_000_000
-    if full:
-        what = f"{place} cannot be written: the disk (or your quota) is full."
-        hint = (
-            f"Free some space, or take another disk with {flag}; then run the same command again."
-        )
-        return FineTuningError(what, f"{hint} What was finished before is untouched.")
     said = getattr(error, "strerror", None) or first_line(error)
     if re.search("PytorchStreamWriter|inline_container|iostream", said):  # PyTorch's words for it
         said = "I/O error, a file was written only in part"
-    if isinstance(error, OSError) or re.search(r"os error|I/O error", said):
-        hint = f"Check the disk and its permissions, or choose another place with {flag}."
-        return FineTuningError(f"{place} cannot be written: {said}.", hint)
-    return None
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    with contextlib.suppress(OSError):  # libraries say only that a write came out short
+        full = full or shutil.disk_usage(existing_parent(place)).free < 1_000_000
+    hint = f"Check the disk and its permissions, or choose another place with {flag}."
+    if full:
+        said = "the disk (or your quota) is full"
+        hint = f"Free some space, or take another disk with {flag}; then run the same command"
+        hint += " again. What was finished before is untouched."
+    elif not isinstance(error, OSError) and not re.search("os error|I/O error", said):
+        return None
+    return FineTuningError(f"{place} cannot be written: {said}.", hint)
 
 
 def check_space(place: Path, need: float, flag: str) -> None:
@@ -770,6 +737,8 @@ def write_json(path: Path, content: object) -> None:
 
 def flush(path: Path) -> None:
     """Make a file's bytes, or a folder's names, survive a power cut."""
+    if path.is_file():
+        path.chmod(0o644)  # safetensors writes 0600
     handle = os.open(path, os.O_RDONLY)
     try:
         if sys.platform == "darwin":  # fsync stops at the drive's own cache there
@@ -786,7 +755,6 @@ def flush(path: Path) -> None:
 def publish_files(staged: Path, folder: Path, names: Sequence[str]) -> None:
     """Give files that were written in `staged` their places in `folder`, in this order."""
     for name in names:
-        (staged / name).chmod(0o644)  # safetensors writes 0600
         flush(staged / name)
     for name in names:
         (staged / name).replace(folder / name)
@@ -794,27 +762,24 @@ def publish_files(staged: Path, folder: Path, names: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def staging_folder(final: Path, flag: str) -> Iterator[Path]:
+def staging_folder(final: Path, flag: str, mark: str = "") -> Iterator[Path]:
     """Give a hidden folder beside `final` to fill; whatever happens, it is gone afterwards."""
     from safetensors import SafetensorError
 
-    staged = final.with_name(f".staging-{final.name}")
+    staged = final.with_name(f".staging-{mark}{final.name}")
     try:
         shutil.rmtree(staged, ignore_errors=True)  # left by a run that was killed
         staged.mkdir(parents=True)
         yield staged
     except (OSError, RuntimeError, SafetensorError) as error:
-        told = disk_error(error, final, flag)
-        if told is None:
-            raise
-        raise told from error
+        raise disk_error(error, final, flag) or error from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
 def write_whole(path: Path, content: object, flag: str) -> None:
-    """Write JSON so that the file is always the old one or the new one."""
-    with staging_folder(path, flag) as staged:
+    """Write JSON so that the file is always the old one or the new one, whoever else writes it."""
+    with staging_folder(path, flag, f"{os.getpid()}-") as staged:
         write_json(staged / path.name, content)
         publish_files(staged, path.parent, [path.name])
 
@@ -860,10 +825,8 @@ def publish_folder(staged: Path, final: Path) -> None:
     files = sorted(staged.iterdir())
     facts = {f.name: {"size": f.stat().st_size, "sha256": sha256_of(f)} for f in files}
     write_json(staged / MANIFEST, facts)
-    for path in staged.iterdir():
-        path.chmod(0o644)
+    for path in (*files, staged / MANIFEST, staged):
         flush(path)
-    flush(staged)
     if final.exists():
         remove_published(final)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -958,14 +921,12 @@ class PreflightReport:
 
 @dataclass(frozen=True)
 class DatasetFile:
-    """Name verified data on disk: one file, or several (`parts`) with the hash of their hashes."""
-
-    path: Path  # of several, the first one's
+    path: Path  # verified data on disk; of several files, the first one's
     size: int
     etag: "str | None"
-    sha256: str
+    sha256: str  # of several files, the hash of their hashes
     source: str
-    parts: "tuple[DatasetFile, ...]" = ()
+    parts: "tuple[DatasetFile, ...]" = ()  # several files
 
     @property
     def files(self) -> "tuple[DatasetFile, ...]":
@@ -997,16 +958,12 @@ class QualityReport:  # what quality_report.json says
 
 
 class Example(TypedDict):
-    """Hold one tokenized example; the tokens of each span [start, end) carry loss."""
-
     input_ids: "list[int]"
-    spans: "list[list[int]]"
+    spans: "list[list[int]]"  # the tokens of each [start, end) carry loss
 
 
 @dataclass(frozen=True)
-class PreparedData:
-    """Hold the examples: Example's columns, file, row (from 0), question, answer, and length."""
-
+class PreparedData:  # examples: Example's columns, file, row (from 0), question, answer, length
     train: "datasets.Dataset"
     eval: "datasets.Dataset"
     tokenizer: "PreTrainedTokenizerFast"
@@ -5621,6 +5578,7 @@ CLUSTER_VARIABLES = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(OMPI_COMM_WORLD|PMI|MV2_COMM_WORLD)"
     r"_\w+|MPI_LOCAL\w+|(ACCELERATE|FSDP|MEGATRON_LM)_\w+"
 )
+LAUNCHER_CHOICES = re.compile(r"(ACCELERATE|FSDP)_(?!.*CPU)\w+")  # which are the settings' here
 
 
 @contextlib.contextmanager
@@ -5671,17 +5629,15 @@ def build_parser(own: "type | None") -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--config", metavar="FILE", help="settings from a JSON or YAML file")
     for record in filter(None, (own, FineTuningConfig)):
-        group, hints = parser.add_argument_group(record.__name__), typing.get_type_hints(record)
+        group = parser.add_argument_group(record.__name__)
         for name, f in fields_of(record).items():
-            kinds = (hints[name], *typing.get_args(hints[name]))
-            several = any(typing.get_origin(kind) is tuple for kind in kinds)
             shown = " ".join(f.default) if isinstance(f.default, tuple) else f.default
             group.add_argument(
                 *dict.fromkeys(["--" + name, "--" + name.replace("_", "-")]),
                 help="{} [{}]".format(f.metadata["help"].replace("%", "%%"), shown),
                 metavar=name.rpartition("_")[2].upper(),
-                nargs="?" if hints[name] is bool else "+" if several else None,
-                const="true" if hints[name] is bool else None,
+                nargs="+" if "tuple" in str(f.type) else "?" if f.type is bool else None,
+                const="true" if f.type is bool else None,
             )
     return parser
 
@@ -5698,7 +5654,10 @@ def read_environment(problems: "list[str]") -> "list[Given]":
             problems.append(f"{path} cannot be read: {error.strerror}")
             continue
         is_utf16 = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
-        text = raw.decode("utf-16" if is_utf16 else "utf-8-sig", errors="replace")
+        try:
+            text = raw.decode("utf-16" if is_utf16 else "utf-8-sig")
+        except UnicodeDecodeError:
+            text = raw.decode("cp1252", errors="replace")  # Latin-1, as old editors write it
         dotenv.load_dotenv(stream=io.StringIO(text.replace("\0", "")))  # UTF-16 without its mark
     remember_secrets(*map(os.environ.get, ("R2_ACCESS_KEY_ID", "R2_SECRET_ACCESS_KEY", "HF_TOKEN")))
     try:
@@ -5709,52 +5668,41 @@ def read_environment(problems: "list[str]") -> "list[Given]":
     return [("r2_bucket_name", bucket, "R2_BUCKET_NAME")] if bucket else []
 
 
-def usage_error(problems: Sequence[str]) -> FineTuningError:
-    """Return the error that tells everything that is wrong with a call."""
-    what = f"{len(problems)} problem{'s' * (len(problems) > 1)} with the settings:"
-    hint = "python unified_finetune.py --help lists every command and setting with its meaning."
-    return FineTuningError("\n  - ".join([what, *problems]), hint, 2)
-
-
 def parse_command_line(argv: Sequence[str]) -> "tuple[str, FineTuningConfig, Any, list[Given]]":
     """Return command, settings (flags over environment over file), options and what was given."""
     command, rest = "train", list(argv)
     if rest and not rest[0].startswith("-"):
         command = rest.pop(0)
-    if command not in COMMANDS:
-        what = f"there is no command {command!r}{nearest(command, COMMANDS)}"
-        raise usage_error([f"{what} (commands: {', '.join(COMMANDS)})"])
-    _, record = COMMANDS[command]
+    _, record = COMMANDS.get(command, (0, None))
+    settings, own = fields_of(FineTuningConfig), fields_of(record) if record else {}
+    problems: list[str] = []
+    given: list[Given] = []
+    options = config = None
     try:
+        if command not in COMMANDS:
+            what = f"there is no command {command!r}{nearest(command, COMMANDS)}"
+            raise argparse.ArgumentError(None, f"{what} (commands: {', '.join(COMMANDS)})")
         parsed, unknown = build_parser(record).parse_known_args(rest)
     except argparse.ArgumentError as error:
-        raise usage_error([str(error)]) from error
-    problems: list[str] = []
-    settings, extra = fields_of(FineTuningConfig), fields_of(record) if record else {}
-    for argument in unknown:
-        name = argument.split("=")[0].lstrip("-").replace("-", "_")
-        problems.append(f"unknown argument {argument!r}{nearest(name, [*settings, *extra], '--')}")
-    given = read_config_file(Path(parsed.config).expanduser(), problems) if parsed.config else []
-    given += read_environment(problems)
-    typed = [(name, v, "--" + name) for name, v in vars(parsed).items() if v is not None]
-    given += [flag for flag in typed if flag[0] in settings]
-    own = [flag for flag in typed if flag[0] in extra]
-    options = build_record(record, own, problems) if record else None
-    config = build_record(FineTuningConfig, given, problems)
+        problems.append(str(error))
+    else:
+        for argument in unknown:
+            name = argument.split("=")[0].lstrip("-").replace("-", "_")
+            near = nearest(name, [*settings, *own], "--")
+            problems.append(f"unknown argument {argument!r}{near}")
+        if parsed.config:
+            given += read_config_file(Path(parsed.config).expanduser(), problems)
+        given += read_environment(problems)
+        typed = [(name, v, "--" + name) for name, v in vars(parsed).items() if v is not None]
+        given += [flag for flag in typed if flag[0] in settings]
+        if record:
+            options = build_record(record, [flag for flag in typed if flag[0] in own], problems)
+        config = build_record(FineTuningConfig, given, problems)
     if config is None:
-        raise usage_error(problems)
+        what = f"{len(problems)} problem{'s' * (len(problems) > 1)} with the settings:"
+        hint = "python unified_finetune.py --help lists every command and setting with its meaning."
+        raise FineTuningError("\n  - ".join([what, *problems]), hint, 2)
     return command, config, options, given
-
-
-def log_settings(config: FineTuningConfig, given: Sequence[Given]) -> None:
-    """Say of every setting that is no default where it came from."""
-    origins = {name: origin for name, _, origin in given}
-    for name in RETIRED_SETTINGS.keys() & origins:
-        log.warning("%s in %s is no longer used: %s", name, origins[name], RETIRED_SETTINGS[name])
-    for name, f in fields_of(FineTuningConfig).items():
-        if getattr(config, name) != f.default:
-            origin = origins.get(name, "given")
-            log.debug("setting %s = %r (%s)", name, getattr(config, name), origin)
 
 
 def prepare_process() -> "list[str]":
@@ -5767,55 +5715,38 @@ def prepare_process() -> "list[str]":
     real = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")  # of accelerate launch, torchrun
     numbers = [os.environ.get(name, "") for name in real]
     launched = all(n.isdecimal() for n in numbers) and int(numbers[2]) > max(1, int(numbers[0]))
-    removed = [name for name in sorted(os.environ) if CLUSTER_VARIABLES.fullmatch(name)]
-    # Threads that wait for work sleep: spinning ones slow everything else on the machine.
-    usual = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
-    # PyTorch is to refuse what would make a small Mac swap for hours, and to tidy up before.
-    usual |= {"PYTORCH_MPS_HIGH_WATERMARK_RATIO": "1.0", "PYTORCH_MPS_LOW_WATERMARK_RATIO": "0.8"}
-    switches = ["HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"]
-    switches += ["HF_DATASETS_DISABLE_PROGRESS_BARS", "PYTORCH_ENABLE_MPS_FALLBACK"]
-    if launched:
-        other = re.compile(r"(ACCELERATE|FSDP)_(?!.*CPU)\w+")
-        removed = [name for name in removed if other.fullmatch(name)]
-    else:
-        usual["CUDA_VISIBLE_DEVICES"] = "0"  # TRL would share a batch out
+    foreign = LAUNCHER_CHOICES if launched else CLUSTER_VARIABLES
+    removed = [name for name in sorted(os.environ) if foreign.fullmatch(name)]
     for name in removed:
         del os.environ[name]
-    for name, value in {**usual, **dict.fromkeys(switches, "1")}.items():
-        os.environ.setdefault(name, value)
+    # Threads that wait for work sleep: spinning ones slow everything else on the machine.
+    wanted = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
+    wanted |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    wanted |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "PYTORCH_ENABLE_MPS_FALLBACK": "1"}
+    # PyTorch is to refuse what would make a small Mac swap for hours, and to tidy up before.
+    wanted |= {"PYTORCH_MPS_HIGH_WATERMARK_RATIO": "1.0", "PYTORCH_MPS_LOW_WATERMARK_RATIO": "0.8"}
+    if not launched:
+        wanted["CUDA_VISIBLE_DEVICES"] = "0"  # TRL would share a batch out
+    os.environ.update({**wanted, **os.environ})
     return removed
 
 
 def execute(command: str, config: FineTuningConfig, options: Any) -> None:
     """Run one command; results go to stdout."""
-    last, _ = COMMANDS[command]
-    if last:
-        artifacts = run(config, last)
+    if command == "chat":
+        chat(config, options)
+    elif command == "export":
+        export(config, options)
+    else:
+        artifacts = run(config, COMMANDS[command][0])
         if artifacts and is_main_process():
             with contextlib.suppress(FineTuningError):  # the run counts, read or not
                 write_out(f"{artifacts.adapter_dir}\n")
-        return
-    try:
-        chat(config, options) if command == "chat" else export(config, options)
-    except FineTuningError as error:
-        error.exit_code = 16
-        raise
 
 
 def main(argv: "Sequence[str] | None" = None) -> int:
     """Run the program and return its exit code."""
-    log_file = None
-
-    def end(code: int, message: str, hint: str) -> int:
-        lines = [message] + ["-> " + hint] * bool(hint)
-        if log_file:
-            for line in [*lines, f"   (details: {log_file})"]:
-                log.error("%s", line)
-        else:
-            sys.stderr.write(hide_secrets("\n".join(lines)) + "\n")
-        return code
-
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    arguments, log_file = sys.argv[1:] if argv is None else list(argv), None
     removed = prepare_process()
     try:
         if arguments[:1] == [SELF_TEST] and len(arguments) == 3:
@@ -5829,21 +5760,33 @@ def main(argv: "Sequence[str] | None" = None) -> int:
         log_file = start_logging(Path(config.log_dir), verbose=config.verbose)
         if removed:
             log.info("Not used, left over from another launcher: %s", ", ".join(removed))
-        log_settings(config, given)
+        for name, origin in {name: origin for name, _, origin in given}.items():
+            if name in RETIRED_SETTINGS:
+                log.warning("%s in %s is no longer used", name, origin)
+            else:
+                log.debug("setting %s = %r (%s)", name, getattr(config, name), origin)
         execute(command, config, options)
+        return 0
     except FineTuningError as error:
         log.debug("Details", exc_info=True)
-        return end(error.exit_code, str(error), error.hint)
+        code, what, hint = error.exit_code, str(error), error.hint
     except (Exception, KeyboardInterrupt) as error:  # the one place where the unexpected ends
         # A library that was being imported makes an ImportError of a signal.
         if stop.number or isinstance(error, KeyboardInterrupt):
             number = signal.Signals(stop.number or signal.SIGINT)
-            name = "Ctrl-C" if number == signal.SIGINT else number.name
-            return end(128 + number, f"Stopped by {name}.", "Run the same command again to go on.")
-        log.debug("Unexpected", exc_info=True)
-        hint = "This is a fault of the program; the log has the traceback."
-        return end(1, f"Unexpected {type(error).__name__}: {error}", hint)
-    return 0
+            code, hint = 128 + number, "Run the same command again to go on."
+            what = f"Stopped by {'Ctrl-C' if number == signal.SIGINT else number.name}."
+        else:
+            log.debug("Unexpected", exc_info=True)
+            code, what = 1, f"Unexpected {type(error).__name__}: {error}"
+            hint = "This is a fault of the program; the log has the traceback."
+    lines = [what] + ["-> " + hint] * bool(hint)
+    if log_file:
+        for line in [*lines, f"   (details: {log_file})"]:
+            log.error("%s", line)
+    else:
+        sys.stderr.write(hide_secrets("\n".join(lines)) + "\n")
+    return code
 
 
 if __name__ == "__main__":

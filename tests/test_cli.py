@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, CliResult
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
 
 import unified_finetune as finetune
@@ -79,40 +79,28 @@ def test_the_version_is_printed_and_calls_that_start_no_run_leave_nothing(run_cl
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_file_is_valid_syntax_for_old_pythons():
-    ast.parse(PROGRAM.read_text(encoding="utf-8"), feature_version=(3, 6))
-
-
-def check_that_it_tells_in_one_line(version: str, *command: str) -> None:
-    """Run a Python that is too old, or pretends to be."""
-    done = subprocess.run([*command], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(
-        r"unified_finetune\.py needs Python 3\.11 or newer, and this is Python "
-        rf"{re.escape(version)} \(.*\)\. Run \./run_finetuning\.sh, [^\n]+\n",
-        done.stderr,
-    )
-
-
 @pytest.mark.parametrize("version", OLD_VERSIONS)
 def test_an_old_python_is_told_in_one_line(version):
+    """A real one on PATH or from pyenv, where the machine has it; otherwise this one pretends."""
+    ast.parse(PROGRAM.read_text(encoding="utf-8"), feature_version=(3, 6))
     pretend = (
         f"import sys; sys.version_info = ({version.replace('.', ', ')}, 0, 'final', 0)\n"
         "exec(compile(open(sys.argv[1]).read(), sys.argv[1], 'exec'))"
     )
-    check_that_it_tells_in_one_line(version, sys.executable, "-c", pretend, str(PROGRAM))
-
-
-@pytest.mark.parametrize("version", OLD_VERSIONS)
-def test_a_real_old_python_is_told_in_one_line(version):
-    """On PATH or from pyenv, where the machine has one."""
-    pyenv = Path.home() / ".pyenv" / "versions"
-    found = [shutil.which(f"python{version}"), *map(str, pyenv.glob(f"{version}.*/bin/python"))]
-    for python in filter(None, found):
+    commands = [[sys.executable, "-c", pretend, str(PROGRAM)]]
+    pyenv = (Path.home() / ".pyenv" / "versions").glob(f"{version}.*/bin/python")
+    for python in filter(None, [shutil.which(f"python{version}"), *map(str, pyenv)]):
         if subprocess.run([python, "-c", "print(1)"], capture_output=True).returncode == 0:
-            check_that_it_tells_in_one_line(version, python, str(PROGRAM), "check")
-            return
-    pytest.skip(f"this machine has no Python {version}")
+            commands.append([python, str(PROGRAM), "check"])
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (1, "")
+        told = (
+            rf"and this is Python {re.escape(version)} \(.*\)\. Run \./run_finetuning\.sh, [^\n]+\n"
+        )
+        assert re.fullmatch(
+            rf"unified_finetune\.py needs Python 3\.11 or newer, {told}", done.stderr
+        )
 
 
 # --- the settings
@@ -129,19 +117,14 @@ def test_no_setting_is_a_secret_and_none_can_be_changed():
         FineTuningConfig().seed = 7  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("flag", ["--learning_rate", "--learning-rate"])
-def test_dashes_and_underscores_mean_the_same_flag(parse, flag):
-    assert parse(flag, "1e-4").learning_rate == parse(f"{flag}=1e-4").learning_rate == 1e-4
+def test_dashes_and_underscores_mean_the_same_flag(parse):
+    for flag in ("--learning_rate", "--learning-rate"):
+        assert parse(flag, "1e-4").learning_rate == parse(f"{flag}=1e-4").learning_rate == 1e-4
 
 
-def test_a_switch_is_on_when_named_and_takes_a_word(parse):
-    for on in ("--bf16", "--bf16 --seed 1", "--bf16 On"):
-        assert parse(*on.split()).bf16 is True
-    for off in ("", "--bf16 false", "--bf16=no"):
-        assert parse(*off.split()).bf16 is False
-
-
-def test_lists_are_separated_by_spaces_or_commas(parse):
+def test_a_switch_takes_a_word_and_a_list_commas_or_spaces(parse):
+    for arguments, on in (("--bf16 --seed 1", True), ("--bf16 On", True), ("--bf16=no", False)):
+        assert parse(*arguments.split()).bf16 is on
     for names in (["q_proj", "v_proj"], ["q_proj,v_proj"], ["q_proj, v_proj"]):
         config = parse("--target_modules", *names, "--seed", 1)
         assert config.target_modules == ("q_proj", "v_proj")
@@ -149,15 +132,12 @@ def test_lists_are_separated_by_spaces_or_commas(parse):
 
 def test_an_optional_setting_can_be_set_back_to_nothing(parse, tmp_path):
     (tmp_path / "c.json").write_text('{"max_eval_examples": 5}')
-    assert parse("--config", "c.json").max_eval_examples == 5
-    for word in ("none", "None", "null", ""):
-        assert parse("--config", "c.json", "--max_eval_examples", word).max_eval_examples is None
+    for word, value in {"5": 5, "none": None, "None": None, "null": None, "": None}.items():
+        assert parse("--config", "c.json", "--max_eval_examples", word).max_eval_examples == value
 
 
 def test_train_is_the_command_that_is_meant_by_none():
-    assert (
-        finetune.parse_command_line([])[0] == "train" == finetune.parse_command_line(["train"])[0]
-    )
+    assert [finetune.parse_command_line(call)[0] for call in ([], ["train"])] == ["train"] * 2
 
 
 # --- precedence: defaults < --config < environment < flags
@@ -174,13 +154,21 @@ def test_flags_win_over_environment_over_config_file_over_defaults(parse, tmp_pa
     assert flagged.r2_bucket_name == "from-flag"
 
 
-@pytest.mark.parametrize("shell", [None, "from-shell"])
-def test_dotenv_is_read_and_the_shell_wins_over_it(run_cli, tmp_path, shell):
-    (tmp_path / ".env").write_text("R2_BUCKET_NAME='from-dotenv'\n")
+ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "cp1252")
+
+
+@pytest.mark.parametrize(
+    ("shell", "encoding"), [("from-shell", "utf-8"), *((None, name) for name in ENCODINGS)]
+)
+def test_dotenv_of_any_editor_is_read_and_the_shell_wins_over_it(
+    run_cli, tmp_path, shell, encoding
+):
+    text = "# Schlüssel\nR2_BUCKET_NAME='from-dötenv'\n"
+    (tmp_path / ".env").write_bytes(text.encode(encoding))
     env = {"R2_BUCKET_NAME": shell} if shell else {}
     result = run_cli("check", "--verbose", "--data_path", "missing.json", env=env)
     assert result.code == 11
-    assert f"setting r2_bucket_name = '{shell or 'from-dotenv'}' (R2_BUCKET_NAME)" in result.stderr
+    assert f"setting r2_bucket_name = '{shell or 'from-dötenv'}' (R2_BUCKET_NAME)" in result.stderr
 
 
 # --- --config
@@ -201,76 +189,52 @@ system_prompt: "Ä counselor: yes"
 """
 
 
-@pytest.mark.parametrize("name", ["c.yaml", "c.yml", "C.YAML"])
+@pytest.mark.parametrize("name", ["c.yaml", "C.YML"])
 def test_json_and_yaml_say_the_same(parse, tmp_path, name):
-    (tmp_path / "c.json").write_text(json.dumps(CONFIG))
-    (tmp_path / name).write_text(YAML, encoding="utf-8")
+    (tmp_path / "c.json").write_text(json.dumps(CONFIG), encoding="utf-8-sig")
+    (tmp_path / name).write_text(YAML, encoding="utf-8-sig")  # a byte order mark does no harm
+    (tmp_path / "empty.yaml").write_text("# nothing yet\n")
     config = parse("--config", "c.json")
     assert config == parse("--config", name)
     assert (config.bf16, config.gradient_checkpointing) == (True, "off")
     assert config.system_prompt == "Ä counselor: yes"
-
-
-@pytest.mark.parametrize("name", ["c.json", "c.yaml"])
-def test_a_byte_order_mark_or_an_empty_yaml_file_does_no_harm(parse, tmp_path, name):
-    (tmp_path / name).write_bytes(b'\xef\xbb\xbf{"seed": 5}')
-    (tmp_path / "empty.yaml").write_text("# nothing yet\n")
-    assert parse("--config", name).seed == 5
     assert parse("--config", "empty.yaml") == FineTuningConfig()
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "told"),
-    [
-        ("c.json", b"", "cannot be read"),
-        ("c.json", None, "cannot be read"),
-        ("c.json", b'{"seed": 1,}', "cannot be read"),
-        ("c.json", b"[" * 200_000, "cannot be read"),
-        ("c.json", b'{"seed": "\xff"}', "cannot be read"),
-        ("c.json", b'["seed"]', "must hold one object of settings"),
-        ("c.json", b"null and void", "cannot be read"),
-        ("c.yaml", b"seed: [1", "it is not valid YAML"),
-        ("c.yaml", b"- seed", "must hold one object of settings"),
-        ("c.yaml", b"seed: !!python/object/apply:os.getpid []", "it is not valid YAML"),
-    ],
-)
-def test_an_unreadable_config_file_is_refused(parse, tmp_path, name, content, told):
+NO_NUMBER = "c.json: seed must be a whole number, not "
+REFUSED = [
+    ("c.json", b"", "cannot be read"),
+    ("missing.json", None, "cannot be read"),
+    ("c.json", b"[" * 200_000, "cannot be read"),
+    ("c.json", b'{"seed": "\xff"}', "cannot be read"),
+    ("c.json", b'["seed"]', "must hold one object of settings"),
+    ("c.yaml", b"seed: [1", "cannot be read"),
+    ("c.yaml", b"- seed", "must hold one object of settings"),
+    ("c.yaml", b"seed: !!python/object/apply:os.getpid []", "cannot be read"),
+    *(("c.json", b'{"seed": %s}' % v, NO_NUMBER) for v in (b"1.5", b"true", b"null", b"[1]")),
+    ("c.json", b'{"learning_rate": "fast"}', "c.json: learning_rate must be a number, not 'fast'"),
+    ("c.json", b'{"learning_rate": NaN}', "learning_rate must be a number, not nan"),
+    ("c.json", b'{"bf16": "maybe"}', "bf16 must be true or false, not 'maybe'"),
+    ("c.json", b'{"model_name": 7}', "model_name must be text, not 7"),
+    ("c.json", b'{"model_name": "a\\u0000b"}', "model_name must be text"),
+    ("c.json", b'{"target_modules": 3}', "target_modules must be a list of names, not 3"),
+    ("c.json", b'{"target_modules": []}', "target_modules must not be empty, not []"),
+    ("c.json", b'{"device": "tpu"}', "must be one of auto, mps, cuda, cpu, did you mean 'cpu'?, "),
+    ("c.json", b'{"data_path": {"a": 1}}', "data_path must be a list of texts, not {'a': 1}"),
+    ("c.json", b'{"drop_checks": ["x"]}', "drop_checks must be among control_characters, "),
+    ("c.json", b'{"sede": 1}', "c.json: there is no setting 'sede', did you mean 'seed'?"),
+    ("c.json", b'{"R2_SECRET_ACCESS_KEY": "x"}', "there is no setting 'R2_SECRET_ACCESS_KEY'"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "told"), REFUSED)
+def test_a_wrong_file_or_value_is_named_with_what_was_expected(
+    parse, tmp_path, name, content, told
+):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     message = refusal(parse, "--config", name)
     assert told in message and name in message
-
-
-@pytest.mark.parametrize(
-    ("setting", "told"),
-    [
-        ({"seed": "seven"}, "seed must be a whole number, not 'seven'"),
-        ({"seed": 1.5}, "seed must be a whole number, not 1.5"),
-        ({"seed": True}, "seed must be a whole number, not True"),
-        ({"seed": None}, "seed must be a whole number, not None"),
-        ({"seed": [1]}, "seed must be a whole number, not [1]"),
-        ({"learning_rate": "fast"}, "learning_rate must be a number, not 'fast'"),
-        ({"learning_rate": float("nan")}, "learning_rate must be a number, not nan"),
-        ({"learning_rate": float("inf")}, "learning_rate must be a number, not inf"),
-        ({"bf16": 1}, "bf16 must be true or false, not 1"),
-        ({"bf16": "maybe"}, "bf16 must be true or false, not 'maybe'"),
-        ({"model_name": 7}, "model_name must be text, not 7"),
-        ({"model_name": "a\0b"}, "model_name must be text"),
-        ({"target_modules": 3}, "target_modules must be a list of names, not 3"),
-        ({"target_modules": []}, "target_modules must not be empty, not []"),
-        ({"device": "tpu"}, "device must be one of auto, mps, cuda, cpu, did you mean 'cpu'?, "),
-        ({"data_path": {"a": 1}}, "data_path must be a list of texts, not {'a': 1}"),
-        ({"drop_checks": ["typo"]}, "drop_checks must be among control_characters, "),
-        ({"leraning_rate": 1}, "there is no setting 'leraning_rate', did you mean 'learning_rate'"),
-        ({"R2_SECRET_ACCESS_KEY": "x"}, "there is no setting 'R2_SECRET_ACCESS_KEY'"),
-    ],
-)
-def test_a_wrong_value_is_named_with_what_was_expected_and_its_place(
-    parse, tmp_path, setting, told
-):
-    (tmp_path / "c.json").write_text(json.dumps(setting))
-    message = refusal(parse, "--config", "c.json")
-    assert "c.json: " + told in message
     assert message.startswith("1 problem with the settings:")
 
 
@@ -291,19 +255,21 @@ def test_a_wrong_value_is_named_with_what_was_expected_and_its_place(
         ("--fp16 --device cpu", "fp16 works on NVIDIA GPUs only"),
         ("--see 1", "unknown argument '--see'"),  # flags are never abbreviated
         ("--seed", "--seed: expected one argument"),
-        ("--learning-rat", "unknown argument '--learning-rat', did you mean '--learning_rate'?"),
         ("--output", "unknown argument '--output', did you mean '--output_dir'?"),
-        ("--datapath=x", "unknown argument '--datapath=x', did you mean '--data_path'?"),
+        ("--sample_prompts Qu\udce9?", "must be text in this terminal's encoding (UTF-8)"),
+        ("self-test cpu float32", "there is no command 'self-test'"),
         ("chekc", "no command 'chekc', did you mean 'check'? (commands: train, check"),
         ("zzz", "there is no command 'zzz' (commands: train, check, data, chat, export)"),
+        ("--zzz", "1 problem with the settings:\n  - unknown argument '--zzz'"),  # nothing is near
     ],
 )
 def test_what_is_impossible_or_typed_wrongly_is_refused(parse, arguments, told):
     assert told in refusal(parse, *arguments.split())
 
 
-def test_nothing_is_suggested_where_nothing_is_near(parse):
-    assert "did you mean" not in refusal(parse, "--epochs", "--zzz", "--nothing")
+def test_an_address_that_breaks_the_hub_s_library_is_refused(parse, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:port")
+    assert "HF_ENDPOINT is no address" in refusal(parse, "check")
 
 
 def test_everything_wrong_is_told_in_one_message_on_stderr(run_cli, tmp_path):
@@ -316,10 +282,7 @@ def test_everything_wrong_is_told_in_one_message_on_stderr(run_cli, tmp_path):
         "c.json: there is no setting 'lora_rank'",
         "c.json: warmup_steps must be a whole number, not 'many'",
         "unknown argument '--learning_rat', did you mean '--learning_rate'?",
-        "unknown argument '1'",
-        "--seed: seed must be a whole number, not 'x'",
         "--lora_r: lora_r must be at least 1, not '0'",
-        "--optim: optim must be one of",
     ):
         assert told in result.stderr
     assert result.stderr.splitlines()[-1].startswith("-> python unified_finetune.py --help lists")
@@ -330,7 +293,6 @@ def test_a_log_folder_that_cannot_be_made_is_a_fault_of_the_settings(run_cli, tm
     result = run_cli("check", "--log_dir", "file/logs")
     assert (result.code, result.stdout) == (2, "")
     assert "The log folder file/logs cannot be written" in result.stderr
-    assert "-> Choose another one with --log_dir FOLDER." in result.stderr
 
 
 # --- saved settings
@@ -348,25 +310,22 @@ def build(given: "list[finetune.Given]") -> FineTuningConfig:
     return config
 
 
-@st.composite
-def configurations(draw: st.DrawFn) -> FineTuningConfig:
-    """Draw a configuration in which every number, switch and free text may differ."""
-    values: dict[str, object] = {}
-    for name, field in SETTINGS.items():
-        kind = type(field.default)
-        if kind in VALUES and name != "fp16":  # which excludes bf16
-            values[name] = draw(st.one_of(st.just(field.default), VALUES[kind]))
-    values |= {name: draw(st.floats(0.01, 0.5)) for name in ("train_split", "eval_split")}
-    texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=5)
-    values["system_prompt"] = draw(st.none() | texts)
-    values["sample_prompts"] = draw(st.lists(texts.filter(str.strip)))
-    values["data_path"] = draw(st.sampled_from([None, "a.json", ["a.json", "b c.json"]]))
-    values["target_modules"] = draw(st.lists(st.sampled_from("abcd"), min_size=1))
-    return build([(name, value, "drawn") for name, value in values.items()])
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=5)
+OTHERS = {
+    "train_split": st.floats(0.01, 0.5), "eval_split": st.floats(0.01, 0.5), "fp16": st.just(False),
+    "system_prompt": st.none() | TEXTS, "sample_prompts": st.lists(TEXTS.filter(str.strip)),
+    "data_path": st.sampled_from([None, "a.json", ["a.json", "b c.json"]]),
+    "target_modules": st.lists(st.sampled_from("abcd"), min_size=1),
+}  # fmt: skip
+DRAWN = {n: VALUES[type(f.default)] for n, f in SETTINGS.items() if type(f.default) in VALUES}
 
 
-@given(configurations())
-def test_saved_settings_give_the_same_configuration_again(tmp_path_factory, config):
+@given(st.fixed_dictionaries({}, optional={**DRAWN, **OTHERS}))
+def test_saved_settings_give_the_same_configuration_again(tmp_path_factory, drawn):
+    try:
+        config = build([(name, value, "drawn") for name, value in drawn.items()])
+    except ValueError:  # two splits of more than all
+        reject()
     path = tmp_path_factory.getbasetemp() / "round_trip.json"
     saved = finetune.saved_settings(config)
     assert saved.keys() == SETTINGS.keys() - {*SWITCHES}  # those are of one call
@@ -380,10 +339,7 @@ def test_a_setting_of_an_earlier_version_is_named_and_does_no_harm(run_cli, tmp_
     (tmp_path / "c.json").write_text('{"plausibility_rules": null, "seed": 7}')
     arguments = ["check", "--data_path", "missing.json", "--min_disk_gb", 0]
     result = run_cli(*arguments, "--config", "c.json")
-    assert (result.code, "plausibility_rules in c.json is no longer used" in result.stderr) == (
-        11,
-        True,
-    )
+    assert result.code == 11 and "plausibility_rules in c.json is no longer used" in result.stderr
     assert run_cli(*arguments, "--plausibility_rules", "x").code == 2
 
 
@@ -397,16 +353,11 @@ def test_any_value_is_either_taken_or_refused_in_words(name, value):
         assert "here: " + name in str(refused) or "split" in name
 
 
-@given(st.integers(0, 2**32 - 1))
-def test_whole_numbers_are_never_rounded(number):
-    assert build([("seed", number, "")]).seed == build([("seed", str(number), "")]).seed == number
-
-
-@pytest.mark.parametrize("name", ["output_dir", "cache_dir", "log_dir", "model_name", "data_path"])
-def test_a_tilde_is_the_home_folder(parse, monkeypatch, name):
+def test_a_tilde_is_the_home_folder(parse, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    assert getattr(parse(f"--{name}", "~/x"), name) == "/home/me/x"
-    assert "names a home folder that is not there" in refusal(parse, f"--{name}", "~nobody-here/x")
+    for name in ("output_dir", "cache_dir", "log_dir", "model_name", "data_path"):
+        assert getattr(parse(f"--{name}", "~/x"), name) == "/home/me/x"
+    assert "a home folder that is not there" in refusal(parse, "--log_dir", "~nobody-here/x")
 
 
 # --- secrets and the log
@@ -430,9 +381,6 @@ def test_no_secret_reaches_the_console_or_a_file(run_cli, tmp_path, source):
     written = result.stdout + result.stderr + log_file.read_text()
     assert result.code == 11 and "127.0.0.1:9" in written
     assert [name for name, secret in SECRETS.items() if secret in written] == []
-
-
-def test_a_secret_in_a_wrong_place_is_not_repeated(run_cli):
     result = run_cli("check", "--seed", SECRETS["R2_SECRET_ACCESS_KEY"], env=SECRETS)
     assert result.code == 2
     assert "must be a whole number, not '***'" in result.stderr
@@ -463,9 +411,7 @@ def test_every_run_has_its_own_log_file_with_times_and_details(run_cli, tmp_path
     assert len(files) == 2
     for path in files:
         assert re.fullmatch(r"unified_finetune_\d{8}_\d{6}(_\d+)?\.log", path.name)
-        text = path.read_text()
-        assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO ", text)
-        assert "[1/5] preflight" in text
+        assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO ", path.read_text())
 
 
 # --- signals
@@ -476,7 +422,7 @@ def main_that_runs(monkeypatch, tmp_path, capsys):
     """Return a function that calls main with other work in a command's place: code and stderr."""
 
     def call(work):
-        monkeypatch.setattr(finetune.stop, "number", 0, raising=False)  # put back after the test
+        monkeypatch.setattr(finetune.stop, "number", 0)  # put back after the test
         monkeypatch.setattr(finetune, "execute", work)
         return finetune.main(["check", "--log_dir", str(tmp_path)]), capsys.readouterr().err
 
