@@ -1018,11 +1018,11 @@ def weight_files(folder: Path) -> "list[str]":
 
 def model_problem(folder: Path) -> "str | None":
     """Return what keeps a folder from being a whole base model, going by its files' first bytes."""
-    vocabulary = "tokenizer.json"
-    if not (folder / vocabulary).is_file() and (folder / "tokenizer.model").is_file():
-        vocabulary = "tokenizer.model"
     weights = weight_files(folder)
-    for name in ("config.json", vocabulary, *weights):
+    pieces = "tokenizer.json"
+    if (folder / "tokenizer.model").is_file() and not (folder / pieces).is_file():
+        pieces = "tokenizer.model"
+    for name in ("config.json", pieces, *weights):
         # transformers would unpickle whatever an index names under another ending.
         if name in weights and not re.fullmatch(r"[^/\\]+\.safetensors", name):
             return f"names {name} as its weights; only safetensors are ever read, never pickles"
@@ -1042,38 +1042,36 @@ def find_base_folder(model_name: str) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    http = sys.modules[HfHubHTTPError.__bases__[0].__module__.split(".")[0]]  # httpx, httpx2
-    trouble = (OSError, RuntimeError, ImportError, http.HTTPError)  # network, odd proxies, refusal
-    odd = (ValueError, http.InvalidURL, LookupError, TypeError, AttributeError, AssertionError)
-    wanted: dict[str, Any] = {
-        "allow_patterns": ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"],
-        "ignore_patterns": ["*/*", "consolidated*"],  # the same weights in other formats
-    }
-    for ask_hub in (False, True):
-        if ask_hub:
-            log.info("  fetching %s from the Hugging Face hub (once)", model_name)
-        failure: Exception | None = None
-        try:
-            folder = Path(snapshot_download(model_name, local_files_only=not ask_hub, **wanted))
-        except (*trouble, *odd) as error:
-            failure = error
-            continue
-        # Another program may have fetched less; a chat template is easily missed.
-        if (ask_hub or (folder / "tokenizer_config.json").is_file()) and not model_problem(folder):
-            return folder
+    http = sys.modules[HfHubHTTPError.__bases__[0].__module__.split(".")[0]]  # requests, httpx(2)
+    # No network, a refusal, odd proxies and addresses, pages that only look like an answer.
+    trouble = (
+        OSError, RuntimeError, ImportError, ValueError, LookupError, TypeError, AttributeError,
+        AssertionError, http.HTTPError, getattr(http, "InvalidURL", ValueError),
+    )  # fmt: skip
     cache = Path(constants.HF_HUB_CACHE) / ("models--" + model_name.replace("/", "--"))
-    older = [path for path in cache.glob("snapshots/*") if not model_problem(path)]
-    if older:
-        folder = max(older, key=lambda path: path.stat().st_mtime)
-        log.warning("  the hub cannot be asked (%s): using %s", failure or "offline", folder)
-    elif failure:
+    latest = [path.read_text().strip() for path in cache.glob("refs/main")]
+    whole = [path for path in cache.glob("snapshots/*") if not model_problem(path)]
+    whole.sort(key=lambda path: (path.name not in latest, -path.stat().st_mtime))
+    # Another program may have fetched less; a chat template is easily missed.
+    for path in whole:
+        if (path / "tokenizer_config.json").is_file():
+            return path
+    log.info("  fetching %s from the Hugging Face hub (once)", model_name)
+    names = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+    others = ["*/*", "consolidated*"]  # the same weights in other formats
+    try:
+        return Path(snapshot_download(model_name, allow_patterns=names, ignore_patterns=others))
+    except trouble as error:
+        said = shorten(str(error) or type(error).__name__, 300)
+        if whole:
+            log.warning("  the hub cannot be asked (%s): using %s", said, whole[0])
+            return whole[0]
         raise FineTuningError(
             f"The base model {model_name} is neither a folder here nor in the local cache, and the "
-            f"hub does not give it: {shorten(str(failure) or type(failure).__name__, 300)}",
+            f"hub does not give it: {said}",
             "Check the spelling, the network and its variables (HF_ENDPOINT, HTTPS_PROXY; HF_TOKEN "
             "for gated models), then start again: the fetch goes on. Or name a local folder.",
-        ) from failure
-    return folder
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -1114,8 +1112,8 @@ def read_empty_model(folder: Path) -> "PreTrainedModel":
         (surplus, "its files hold {}, which config.json does not"),
     ):
         if names:
-            shown = ", ".join(sorted(names)[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
-            problem = f"The base model in {folder} is not whole: {what.format(shown)}."
+            told = what.format(shorten(", ".join(sorted(names)), 200))
+            problem = f"The base model in {folder} is not whole: {told}."
             raise FineTuningError(problem, GET_MODEL_AGAIN)
     return typing.cast("PreTrainedModel", model)
 
@@ -1139,16 +1137,15 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         else:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            log.info("  %s has no tokenizer.json; its tokenizer was converted", folder)
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ValueError("it exists in Python only, not as a tokenizer.json")
         if tokenizer.eos_token_id is None:
             raise ValueError("it has no eos_token, so no model could learn where an answer ends")
-        if isinstance(tokenizer.chat_template, dict):
-            named = tokenizer.chat_template
-            if "default" not in named:
-                raise ValueError(f"none of its chat templates ({', '.join(named)}) is the default")
-            tokenizer.chat_template = named["default"]
+        if isinstance(tokenizer.chat_template, dict):  # several, by name
+            if "default" not in tokenizer.chat_template:
+                names = ", ".join(tokenizer.chat_template)
+                raise ValueError(f"none of its chat templates ({names}) is the default")
+            tokenizer.chat_template = tokenizer.chat_template["default"]
     except Exception as error:  # tokenizers raises a plain one for a bad file
         what = f"The tokenizer in {folder} cannot be used: {first_line(error)}"
         raise FineTuningError(what, "Choose a base with a whole tokenizer.json.") from error
@@ -1188,12 +1185,16 @@ def measure_base_model(model_name: str) -> BaseModel:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
             linear[name.rpartition(".")[2]].append((module.in_features, module.out_features))
-    whole = hashlib.sha256((folder / "config.json").read_bytes())
     weights = [folder / name for name in weight_files(folder)]
-    for path in weights:  # a file of the hub's cache is a link to a blob named after its SHA-256
+    # With the weights, all that decides how a text is read and how it is answered.
+    names = "config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|chat_template"
+    reads = [p for p in folder.iterdir() if re.fullmatch(rf"({names})\.(json|model|jinja)", p.name)]
+    whole = hashlib.sha256()
+    for path in [*sorted(reads), *weights]:
+        # A large file of the hub's cache is a link to a blob named after its SHA-256.
         blob = path.resolve().name if path.is_symlink() else ""
-        known = re.fullmatch("[0-9a-f]{64}", blob)
-        whole.update(f"{path.name} {blob if known else sha256_of(path)}\n".encode())
+        known = blob if re.fullmatch("[0-9a-f]{64}", blob) else sha256_of(path)
+        whole.update(f"{path.name} {known}\n".encode())
     shape = model.config
     size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     # Beyond a sliding window, or beyond the positions that rotary factors change at (Phi-3 128k),
@@ -1241,20 +1242,17 @@ def render_chat(
 
 
 def tokenize(tokenizer: "PreTrainedTokenizerFast", texts: "Sequence[str]") -> "list[list[int]]":
-    """Tokenize rendered texts as llama.cpp does, with special tokens and never two BOS."""
-    bos, eos = str(tokenizer.bos_token or ""), tokenizer.eos_token_id
-    bare = [text.removeprefix(bos) for text in texts]
-    found = [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(bare)]
-    for number, (text, ids) in enumerate(zip(texts, found, strict=True)):
-        if text.startswith(bos) and bos and ids[:1] != [tokenizer.bos_token_id]:
-            ids = [tokenizer.bos_token_id, *ids]
-        # Some tokenizers put an end token behind every text: behind a prompt it would end the
-        # answer before it begins.
-        ends = 1 if text.endswith(str(tokenizer.eos_token)) else 0
-        while len(ids) > ends and ids[-1 - ends :] == [eos] * (ends + 1):
-            ids = ids[:-1]
-        found[number] = ids
-    return found
+    """Tokenize rendered texts as llama.cpp does: special tokens are read, and one BOS is enough."""
+    backend, bos, bos_id = tokenizer.backend_tokenizer, tokenizer.bos_token, tokenizer.bos_token_id
+    # What else a tokenizer puts around a text stays out: behind a prompt, an end token would end
+    # the answer before it begins.
+    starts = backend.encode("").ids[:1] == [bos_id]
+    bare = [text.removeprefix(str(bos or "")) for text in texts]
+    found = backend.encode_batch_fast(bare, add_special_tokens=False)
+    return [
+        [bos_id] * (starts or text != rest) + encoding.ids
+        for text, rest, encoding in zip(texts, bare, found, strict=True)
+    ]
 
 
 def tokenize_prompt(tokenizer: "PreTrainedTokenizerFast", messages: Messages) -> "list[int]":
@@ -1316,7 +1314,7 @@ class AnswerStream:
     tokenizer: "PreTrainedTokenizerFast"
     tell: "Callable[[str], None]"
     ids: "list[int]" = field(default_factory=list)
-    told: int = 0  # characters
+    told: str = ""
 
     def put(self, value: "torch.Tensor") -> None:
         """Take the prompt [1, tokens], then each new token [1]."""
@@ -1325,9 +1323,8 @@ class AnswerStream:
             self.end()
 
     def end(self) -> None:
-        text = decode(self.tokenizer, self.ids)
-        self.tell(text[self.told :])
-        self.told = len(text)
+        before, self.told = self.told, decode(self.tokenizer, self.ids)
+        self.tell(self.told[len(before) :])
 
 
 def generate(
@@ -1819,7 +1816,7 @@ class AdapterFolder:
 
 
 def weights_problem(path: Path) -> "str | None":
-    """Return what keeps a file from holding pairs of finite matrices A and B and nothing else."""
+    """Return what keeps a file from being the adapter that was saved, all of it finite numbers."""
     from safetensors import SafetensorError, safe_open
 
     written = None
@@ -1831,17 +1828,12 @@ def weights_problem(path: Path) -> "str | None":
         if written and sha256_of(path) != written:
             return f"{path.name} is not the file that training saved (SHA-256 in {METRICS_FILE})"
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            for name in sorted(names):
-                if not re.search(r"\.lora_[AB]\.weight$", name):
-                    return f"{path.name} holds {name}; this program serves plain LoRA only"
-                if name.translate(str.maketrans("AB", "BA")) not in names:
-                    return f"{path.name} holds {name} without its partner"
+            for name in file.keys():  # noqa: SIM118 - no dictionary
                 if not file.get_tensor(name).isfinite().all():
                     return f"{path.name} holds NaN or infinite numbers ({name})"
     except (OSError, ValueError, SafetensorError) as error:
         return f"{path.name} is damaged: {first_line(error)}"
-    return None if names else f"{path.name} holds no tensors"
+    return None
 
 
 def open_adapter(folder: Path) -> AdapterFolder:
@@ -1851,24 +1843,24 @@ def open_adapter(folder: Path) -> AdapterFolder:
         lost = f"; {weights.name} alone is not enough" * weights.is_file()
         what = f"There is no trained adapter in {folder} (no {path.name}{lost})."
         raise FineTuningError(what, "Train one, or name its folder or a checkpoint's.")
-    settings, published = read_json(path), (folder / MANIFEST).is_file()
+    settings, is_checkpoint = read_json(path), (folder / MANIFEST).is_file()
     base, kind = settings.get("base_model_name_or_path"), settings.get("peft_type")
     special = [f"{n} {v}" for n, v in settings.items() if v and not {n, f"{n} {v}"} & PLAIN_LORA]
-    problem = damage(folder) if published else None
     if kind != "LORA":
-        problem = f"it is of type {kind!r}, not LORA"
+        problem: str | None = f"it is of type {kind!r}, not LORA"
     elif special:
         problem = f"it uses {shorten(', '.join(special))}; this program serves plain LoRA only"
     elif not isinstance(base, str) or not base:
         problem = f"{path.name} names no base model (base_model_name_or_path)"
-    problem = problem or weights_problem(weights)
+    else:
+        problem = (is_checkpoint and damage(folder)) or weights_problem(weights)
     if problem:
         hint = "Restore it from a copy, or merge one of another kind with PEFT (merge_and_unload)."
         raise FineTuningError(f"The adapter in {folder} cannot be used: {problem}.", hint)
-    record = folder / (PROGRESS_FILE if published else CONFIG_FILE)
+    record = folder / (PROGRESS_FILE if is_checkpoint else CONFIG_FILE)
     own = read_json(record) if record.is_file() else {}
-    own = own.get("identity", {}) if published else own
-    facts, prompt = own if published else own.get("provenance") or {}, own.get("system_prompt")
+    own = own.get("identity", {}) if is_checkpoint else own
+    facts, prompt = own if is_checkpoint else own.get("provenance") or {}, own.get("system_prompt")
     return AdapterFolder(folder, str(base), settings, facts, prompt and str(prompt), weights)
 
 
@@ -5055,13 +5047,14 @@ def open_adapter_base(adapter: AdapterFolder, model_name: str) -> BaseModel:
         what = f"The model that {adapter.path} was trained on cannot be used. {error}"
         hint = f"{error.hint} If it has moved: --model_name says where it is now."
         raise FineTuningError(what, hint) from error
-    if (adapter.path / "tokenizer.json").is_file():
-        base = dataclasses.replace(base, tokenizer=load_tokenizer(adapter.path))
     record = {"base_name": name, "base_digest": base.digest} | adapter.provenance
     if record["base_digest"] != base.digest:
-        what = f"{name} is not the model that the adapter in {adapter.path} was trained on ("
-        what += f"{record['base_name']}, digest {record['base_digest'][:12]}…)."
+        what = f"{name} is not the model that the adapter in {adapter.path} was trained on "
+        what += f"({record['base_name']}, digest {record['base_digest'][:12]}…): its weights, its "
+        what += "tokenizer or its chat template are others."
         raise FineTuningError(what, "Give that one with --model_name, or train again on this one.")
+    if (adapter.path / "tokenizer.json").is_file():
+        return dataclasses.replace(base, tokenizer=load_tokenizer(adapter.path))
     return base
 
 
@@ -5089,12 +5082,11 @@ class Conversation:
         context = self.base.positions
         room = min(self.options.max_new_tokens, context // 2)
         system = [{"role": "system", "content": self.system}] if self.system else []
-        while True:
-            tokens = tokenize_prompt(self.base.tokenizer, [*system, *self.turns])
-            if len(tokens) + room <= context or len(self.turns) < 3:
-                break
+        tokens = tokenize_prompt(self.base.tokenizer, [*system, *self.turns])
+        while len(tokens) + room > context and len(self.turns) > 2:
             log.info("(the context of %d tokens is full: the oldest turn is forgotten)", context)
             del self.turns[:2]  # a question and its answer
+            tokens = tokenize_prompt(self.base.tokenizer, [*system, *self.turns])
         if len(tokens) >= context:
             what = f"The message is too long: {len(tokens)} tokens, and the model sees {context}."
             raise FineTuningError(what, "Shorten it: the answer needs room, too.")
@@ -5104,19 +5096,22 @@ class Conversation:
         """Write one answer to stdout while it comes, keep its pieces, and say when it was cut."""
         import torch
 
+        # The same draw for the base and the adapter, another one for the next question.
+        torch.manual_seed(self.seed + len(self.turns))
+        names = ("temperature", "top_p", "top_k", "repetition_penalty")
+        settings: Any = {name: getattr(self.options, name) for name in names}
+        room = self.base.positions - len(prompt)
+        settings["max_new_tokens"] = min(self.options.max_new_tokens, room)
+
         def show(piece: str) -> None:
             said.append(piece)
             write_out(piece)
 
         write_out(label)
-        # The same draw for the base and the adapter, another one for the next question.
-        torch.manual_seed(self.seed + len(self.turns))
-        how = ("temperature", "top_p", "top_k", "repetition_penalty")
-        settings: Any = {name: getattr(self.options, name) for name in how} | {"on_text": show}
-        room = self.base.positions - len(prompt)
-        settings["max_new_tokens"] = min(self.options.max_new_tokens, room)
         with memory_in_words("An answer to so many tokens", "Use --bf16, or a shorter message."):
-            (answer,) = generate(self.model, self.base.tokenizer, [prompt], **settings)
+            (answer,) = generate(
+                self.model, self.base.tokenizer, [prompt], on_text=show, **settings
+            )
         write_out("\n")
         if not answer.stopped:
             log.info("(cut after %d tokens)", len(answer.token_ids))
@@ -5192,24 +5187,23 @@ def chat(config: FineTuningConfig, options: ChatOptions) -> None:
         log.info("  %s", check.detail)
     if dtype == "float16" and device != "cuda":
         raise FineTuningError(f"--fp16 needs an NVIDIA GPU, and this is {device}.", "Take --bf16.")
-    if is_model:
-        base, settings = open_base_model(str(folder)), folder / CONFIG_FILE
-        trained = read_json(settings).get("system_prompt") if settings.is_file() else None
-    else:
-        adapter = open_adapter(folder)
-        base, trained = open_adapter_base(adapter, config.model_name), adapter.system_prompt
     with memory_in_words(f"The model on {device}", "Try --device cpu, or --bf16, which halves it."):
-        model: Any = load_base_model(base, device, dtype)
-        model = model if is_model else attach_adapter(model, adapter, device).eval()
-    system = trained if config.system_prompt is None else config.system_prompt
+        if is_model:
+            base, settings = open_base_model(str(folder)), folder / CONFIG_FILE
+            system = read_json(settings).get("system_prompt") if settings.is_file() else None
+            model: Any = load_base_model(base, device, dtype)
+        else:
+            adapter = open_adapter(folder)
+            base, system = open_adapter_base(adapter, config.model_name), adapter.system_prompt
+            model = attach_adapter(load_base_model(base, device, dtype), adapter, device).eval()
+    system = system if config.system_prompt is None else config.system_prompt
     system = None if options.no_system_prompt else system
     conversation = Conversation(model, base, options, config.seed, system)
     if options.prompt is not None:
-        conversation.answer(options.prompt)
-    else:
-        log.info("Chat with %s from %s, on %s in %s.", base.name, folder, device, dtype)
-        log.info("System message: %s (/help lists the commands)", system or "none")
-        converse(conversation)
+        return conversation.answer(options.prompt)
+    log.info("Chat with %s from %s, on %s in %s.", base.name, folder, device, dtype)
+    log.info("System message: %s (/help lists the commands)", system or "none")
+    return converse(conversation)
 
 
 # ======================================================================================
@@ -5245,7 +5239,7 @@ def open_merged_model(adapter: AdapterFolder, base: BaseModel) -> MergedModel:
     empty = read_empty_model(base.folder)
     config, tuned = empty.config, attach_adapter(empty, adapter, "cpu")
     scales = {
-        name.removeprefix("base_model.model.") + ".weight": float(module.scaling["default"])
+        name.removeprefix("base_model.model.") + ".weight": module.scaling["default"]
         for name, module in tuned.named_modules()
         if isinstance(module, LoraLayer)
     }
@@ -5264,9 +5258,9 @@ def open_merged_model(adapter: AdapterFolder, base: BaseModel) -> MergedModel:
             weight = file.get_tensor(name).float()
         if name not in scales:
             return weight
-        stem = "base_model.model." + name.removesuffix(".weight")
+        stem = "base_model.model." + name.removesuffix("weight")
         with safe_open(adapter.weights, framework="pt") as file:
-            a, b = (file.get_tensor(f"{stem}.lora_{x}.weight").float() for x in "AB")
+            a, b = (file.get_tensor(f"{stem}lora_{x}.weight").float() for x in "AB")
         return weight + (b @ a) * scales[name]  # in the order of PEFT's merge
 
     # A head in the file counts, whatever config.json says, unless it is the embedding once more.
@@ -5280,11 +5274,9 @@ def check_written(name: str, weight: "torch.Tensor", found: "torch.Tensor", outt
     """Raise FineTuningError unless what was read back is the weight, but for its rounding."""
     largest = float(weight.abs().max())
     if not float((found.float() - weight).abs().max()) <= ROUNDING[outtype] * largest + 1e-7:
-        what = (
-            f"{name} (largest value {largest:.4g}) cannot be written as {outtype}: it reads back "
-        )
+        what = f"{name} (largest value {largest:.4g}) cannot be written as {outtype}: it reads back"
         hint = "Over 65504: take --outtype bf16 or f32. NaN: the base or the adapter is damaged."
-        raise FineTuningError(what + "as another. Nothing was exported.", hint)
+        raise FineTuningError(f"{what} as another. Nothing was exported.", hint)
 
 
 # --- a merged model folder
@@ -5334,15 +5326,17 @@ def write_merged(model: MergedModel, outtype: str, system: "str | None", folder:
 def check_gguf(model: MergedModel) -> None:
     """Refuse what a GGUF file of a Llama, or this program, cannot express."""
     config, told = model.config, json.loads(model.base.tokenizer.backend_tokenizer.to_str())
-    pieces, normalizer, problem = told["model"], json.dumps(told["normalizer"] or {}), ""
-    is_bpe = pieces["type"] == "BPE" and pieces.get("byte_fallback") and not told["pre_tokenizer"]
+    pieces, rope = told["model"], config.rope_parameters.get("rope_type", "default")
+    is_bpe = pieces["type"] == "BPE" and pieces.get("byte_fallback") and "<0x0A>" in pieces["vocab"]
+    has_spaces = '"Replace"' in json.dumps(told["normalizer"]) and not told["pre_tokenizer"]
+    problem = ""
     if config.model_type != "llama":
         problem = f"is of type {config.model_type!r}, not llama"
-    elif config.rope_parameters.get("rope_type", "default") != "default":
-        problem = f"has rope scaling ({config.rope_parameters['rope_type']})"
+    elif rope != "default":
+        problem = f"has rope scaling ({rope})"
     elif config.attention_bias or config.mlp_bias or config.hidden_act != "silu":
         problem = f"has biases in its layers, or the activation {config.hidden_act}"
-    elif not is_bpe or "<0x0A>" not in pieces["vocab"] or '"Replace"' not in normalizer:
+    elif not (is_bpe and has_spaces):
         problem = "has a tokenizer of another kind than SentencePiece-BPE"
     if problem:
         hint = "Export with --format merged and use llama.cpp's convert_hf_to_gguf.py."
@@ -5399,10 +5393,10 @@ def add_facts(writer: "gguf.GGUFWriter", model: MergedModel, title: str, outtype
         "add_bos_token": tokenize(tokenizer, ["a"])[0][0] == tokenizer.bos_token_id,
         "add_eos_token": False, "add_space_prefix": '"Prepend"' in json.dumps(told["normalizer"]),
     }  # fmt: skip
-    for role in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"):
-        facts |= {role: getattr(tokenizer, role)} if getattr(tokenizer, role) is not None else {}
-    for name, value in facts.items():
-        getattr(writer, f"add_{name}")(value)
+    roles = ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id")
+    for name, value in [*facts.items(), *((role, getattr(tokenizer, role)) for role in roles)]:
+        if value is not None:
+            getattr(writer, f"add_{name}")(value)
 
 
 def write_gguf(model: MergedModel, outtype: str, path: Path) -> None:
@@ -5412,17 +5406,17 @@ def write_gguf(model: MergedModel, outtype: str, path: Path) -> None:
     import torch
 
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.base.layers)
-    found = {name: table.get_name(name, try_suffixes=(".weight",)) for name in model.shapes}
-    names = {name: place for name, place in found.items() if place}
-    writer, kinds = gguf.GGUFWriter(path, "llama"), {}
+    writer, places, kinds = gguf.GGUFWriter(path, "llama"), {}, {}
     add_facts(writer, model, path.stem.rpartition("-")[0], outtype)
-    for name, place in names.items():  # number formats as in llama.cpp's converter
-        shape, float32 = model.shapes[name], numpy.dtype(numpy.float32)
+    for name, shape in model.shapes.items():  # number formats as in llama.cpp's converter
+        place = table.get_name(name, try_suffixes=(".weight",))
+        if place is None:  # a tensor that no Llama has
+            continue
         small = "f16" if outtype == "q8_0" and shape[-1] % 32 else outtype
         kind = gguf.GGMLQuantizationType[("f32" if len(shape) == 1 else small).upper()]
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        writer.add_tensor_info(place, shape, float32, math.prod(shape) // block * size, kind)
-        kinds[name] = kind
+        size = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
+        places[name], kinds[name] = place, kind
+        writer.add_tensor_info(place, shape, numpy.dtype(numpy.float32), size, kind)
     with progress_bar(2 * len(kinds), "tensors", "converting") as advance:
         with contextlib.closing(writer):
             writer.write_header_to_file()
@@ -5434,7 +5428,7 @@ def write_gguf(model: MergedModel, outtype: str, path: Path) -> None:
         written = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
         for name, kind in kinds.items():
             weight = gguf_tensor(model, name)
-            back = torch.tensor(gguf.dequantize(written[names[name]], kind))
+            back = torch.tensor(gguf.dequantize(written[places[name]], kind))
             check_written(name, weight, back.reshape(weight.shape), outtype)
             advance()
 
@@ -5452,19 +5446,18 @@ def modelfile(model: MergedModel, system: str, gguf_name: str) -> "tuple[str, st
     before, _, after = render("user", "\u2063", answer=False).partition("\u2063")
     rest = render("user", "Hi").removeprefix(render("user", "Hi", answer=False))
     starts = {role: before.replace("user", role) for role in ("system", "user", "assistant")}
-    for roles in ("user", "system user", "user assistant user", "system user assistant user"):
-        for text in ("Hi", " two  words ", "\n"):
+    chats = ("user", "system user", "user assistant user", "system user assistant user")
+    try:
+        for roles, text in itertools.product(chats, ("Hi", " two  words ", "\n")):
             turns = "".join(starts[role] + text + after for role in roles.split())
-            with contextlib.suppress(FineTuningError):  # a template that takes no system message
-                if turns + rest == render(roles, text):
-                    continue
-            return "", "its chat template is more than a marker around each turn"
+            if turns + rest != render(roles, text):
+                return "", "its chat template is more than a marker around each turn"
+    except FineTuningError as error:
+        return "", str(error)
     # Ollama's parser.go ends a text at three quotation marks and drops what does not print.
-    if '"""' in system or re.search('"|{{', before + after + rest):
-        return "", 'a Modelfile cannot hold the """, " or {{ in its system prompt or template'
-    for character in before + after + rest + system:
-        if not character.isprintable() and character not in "\n\r\t":
-            return "", f"a Modelfile loses the character U+{ord(character):04X} of its prompt"
+    around, kept = before + after + rest, re.sub("[\n\r\t]", "", before + after + rest + system)
+    if '"""' in system or re.search('"|{{', around) or not kept.isprintable():
+        return "", 'a Modelfile cannot hold """, ", {{ or invisible characters, and its prompt does'
     turn = before.replace("user", "{{ .Role }}") + "{{ .Content }}" + after
     stops = dict.fromkeys([str(tokenizer.eos_token), *map(str.strip, starts.values())])
     lines = [
@@ -5531,12 +5524,11 @@ def export(config: FineTuningConfig, options: ExportOptions) -> None:
     adapter = open_adapter(source)
     model = open_merged_model(adapter, open_adapter_base(adapter, config.model_name))
     system = adapter.system_prompt if config.system_prompt is None else config.system_prompt
-    folder = source / form
-    if (source / MANIFEST).is_file():  # nothing is put into a checkpoint, which is whole as it is
-        folder = source.parent / f"{source.name}-{form}"
-    elif options.export_dir is None:
+    is_checkpoint = (source / MANIFEST).is_file()  # nothing is put into it: it is whole as it is
+    if not (is_checkpoint or options.export_dir):
         claim_output_folder(source)  # no training may replace the adapter meanwhile
-    path = folder = Path(options.export_dir or folder)
+    own = source.parent / f"{source.name}-{form}" if is_checkpoint else source / form
+    path = folder = Path(options.export_dir or own)
     if form == "gguf":
         title = re.sub(r"[^A-Za-z0-9._-]+", "-", source.resolve().name).strip("-.") or "model"
         path = folder / f"{title}-{options.outtype}.gguf"

@@ -71,11 +71,10 @@ def write_tokenizer(texts: "Iterable[str]", vocab_size: int, folder: Path) -> "T
     # Only for training: merges never cross a word boundary, so encoding needs no pre-tokenizer.
     scratch.pre_tokenizer = tk.pre_tokenizers.Split("▁", "merged_with_next")
     trainer = tk.trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size, initial_alphabet=[*map(chr, range(33, 127)), "▁"],
         special_tokens=[*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))],
-        initial_alphabet=[chr(code) for code in range(33, 127)] + ["▁"],
         show_progress=False,
-    )
+    )  # fmt: skip
     # A line break is no piece of its own: it goes through byte fallback, as in Llama's vocabulary.
     lines = [line for text in texts for line in text.splitlines() if line]
     scratch.train_from_iterator([*lines, "system user assistant"], trainer)  # the chat's markers
@@ -95,16 +94,10 @@ def write_tokenizer(texts: "Iterable[str]", vocab_size: int, folder: Path) -> "T
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
     settings = {
-        **names,
-        "padding_side": "right",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "legacy": False,
-        "model_max_length": CONTEXT,
-        "tokenizer_class": "LlamaTokenizer",
-        "chat_template": CHAT_TEMPLATE,
-    }
+        **names, "padding_side": "right", "add_bos_token": True, "add_eos_token": False,
+        "clean_up_tokenization_spaces": False, "legacy": False, "model_max_length": CONTEXT,
+        "tokenizer_class": "LlamaTokenizer", "chat_template": CHAT_TEMPLATE,
+    }  # fmt: skip
     write_json(folder / "tokenizer_config.json", settings)
     write_json(folder / "special_tokens_map.json", names)
     return tokenizer
@@ -124,16 +117,11 @@ def make_llama(vocab: int, hidden: int, layers: int, spread: float) -> "LlamaFor
     logging.disable_progress_bar()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
+        vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4,
         intermediate_size=hidden * 11 // 4,  # TinyLlama's 5632 / 2048
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        initializer_range=spread,
+        num_key_value_heads=2, max_position_embeddings=CONTEXT, initializer_range=spread,
         rms_norm_eps=1e-5,
-    )
+    )  # fmt: skip
     return LlamaForCausalLM(config)
 
 
@@ -163,10 +151,14 @@ def pretrain(
     import torch
 
     torch.set_num_threads(1)  # for so narrow a model a second thread mostly waits for the first
-    dice = random.Random(0)
-    batches: list[list[list[int]]] = []
+    dice, batches = random.Random(0), []
     for _ in range(24):
-        batches += make_batches([lay_out(row, tokenizer, dice) for row in rows], dice)
+        examples = [lay_out(row, tokenizer, dice) for row in rows]
+        dice.shuffle(examples)
+        # Batches of 16, examples of similar length together.
+        pools = [sorted(examples[i : i + 128], key=len) for i in range(0, len(examples), 128)]
+        mixed = [pool[i : i + 16] for pool in pools for i in range(0, len(pool), 16)]
+        batches += dice.sample(mixed, len(mixed))
     steps = len(batches)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps + 1, pct_start=0.1)
@@ -182,7 +174,7 @@ def pretrain(
         schedule.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == steps:
-            say(f"  step {step} of {steps}, loss {loss.item():.2f}")
+            print(f"  step {step} of {steps}, loss {loss.item():.2f}", file=sys.stderr, flush=True)
 
 
 def lay_out(row: "dict[str, str]", tokenizer: "Tokenizer", dice: random.Random) -> "list[int]":
@@ -192,15 +184,6 @@ def lay_out(row: "dict[str, str]", tokenizer: "Tokenizer", dice: random.Random) 
         question += dice.choice(("\n\n", "\n", " ")) + row["input"]
     text = dice.choice(LAYOUTS).format(q=question, a=row["output"])
     return [*tokenizer.encode(text).ids, SPECIAL_TOKENS.index("</s>")]
-
-
-def make_batches(examples: "list[list[int]]", dice: random.Random) -> "list[list[list[int]]]":
-    """Return shuffled batches of 16, examples of similar length together."""
-    order = dice.sample(examples, len(examples))
-    pools = [sorted(order[start : start + 128], key=len) for start in range(0, len(order), 128)]
-    batches = [pool[start : start + 16] for pool in pools for start in range(0, len(pool), 16)]
-    dice.shuffle(batches)
-    return batches
 
 
 @contextlib.contextmanager
@@ -232,11 +215,6 @@ def is_current(folder: Path) -> bool:
         return False
 
 
-def say(text: str) -> None:
-    """Print progress; stdout belongs to the program that this script runs before."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def main(folder: Path) -> int:
     """Build the demo's model unless it is there, and return the exit code."""
     try:
@@ -244,12 +222,13 @@ def main(folder: Path) -> int:
         with (folder.parent / f"{folder.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two demos at once: the second waits, then finds it
             if not is_current(folder):
-                say("Making the demo's base model; this takes about a minute, once.")
+                told = "Making the demo's base model; this takes about a minute, once."
+                print(told, file=sys.stderr, flush=True)  # stdout belongs to the program
                 build_demo_model(folder)
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        say(f"make_demo_model.py: {error}")
+        print(f"make_demo_model.py: {error}", file=sys.stderr)
         return 1
     return 0
 

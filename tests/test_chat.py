@@ -140,13 +140,10 @@ def test_an_answer_without_an_end_fills_the_context_and_no_more(talk, adapter, c
     talk(adapter, prompt="Hum", max_new_tokens=7)
     cuts = [r.getMessage() for r in caplog.records if "cut after" in r.getMessage()]
     assert cuts == [f"(cut after {512 - len(prompt)} tokens)", "(cut after 7 tokens)"]
+    talk(adapter, "".join(f"{n} {'word ' * 25}\n" for n in range(6)), max_new_tokens=200)
+    assert "context of 512 tokens is full: the oldest turn is forgotten" in caplog.text
     with pytest.raises(FineTuningError, match=r"too long: \d+ tokens, and the model sees 512"):
         talk(adapter, prompt="word " * 600)
-
-
-def test_oldest_turns_are_forgotten_when_the_context_is_full(talk, adapter, caplog):
-    talk(adapter, "".join(f"{number} {'word ' * 25}\n" for number in range(6)), max_new_tokens=200)
-    assert "context of 512 tokens is full: the oldest turn is forgotten" in caplog.text
 
 
 def test_fp16_on_a_cpu_is_refused_in_words(talk, adapter, monkeypatch):
@@ -162,6 +159,7 @@ def test_fp16_on_a_cpu_is_refused_in_words(talk, adapter, monkeypatch):
 
 def test_the_trained_system_message_is_used(talk, copy):
     """training_config.json names it; flags override it or leave it out."""
+    write(copy / "training_metrics.json", [{"loss": 1}])  # another program's do not matter
     write(copy / "training_config.json", {"system_prompt": SYSTEM})
     assert talk(copy, prompt="Who pays?") == "The college pays.\n"
     assert talk(copy, prompt="Who pays?", no_system_prompt=True) == "The state pays.\n"
@@ -188,23 +186,32 @@ def test_a_checkpoint_serves_with_its_runs_system_message(talk, copy):
 # --- The base that it was trained on
 
 
+PARTS = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json",
+         "tokenizer.model", "chat_template.jinja")  # fmt: skip
+
+
 def test_an_exchanged_base_is_refused_by_both_names(talk, copy, base, tmp_path):
-    """Other weights under the old path serve nothing; the original, elsewhere, does."""
+    """Other weights, tokenizer or template under the old path serve nothing; the original does."""
     digest = tool.open_base_model(str(base)).digest
     moved = {"model_name": shutil.copytree(base, str(tmp_path / "moved"))}
-    other = Path(shutil.copytree(base, tmp_path / "base"))
-    flip_a_bit(other / "model.safetensors")
     record = {"base_digest": digest, "base_name": "the/original"}
     write(copy / "training_config.json", {"provenance": record})
-    for folder, message in (
-        (other, f"{other} is not the model .*trained on .the/original, digest {digest[:12]}"),
-        (tmp_path / "gone", "trained on cannot be used"),
-    ):
+    refused = [(tmp_path / "gone", "trained on cannot be used")]
+    for number, part in enumerate(PARTS):
+        other = Path(shutil.copytree(base, tmp_path / f"base {number}"))
+        if part == "model.safetensors":
+            flip_a_bit(other / part)
+        else:
+            with (other / part).open("a") as file:
+                file.write("\n")
+        said = f"{other} is not the model .*trained on .the/original, digest {digest[:12]}"
+        refused.append((other, f"{said}.*tokenizer or its chat template are others"))
+    for folder, message in refused:
         edit_config(copy, base_model_name_or_path=str(folder))
         with pytest.raises(FineTuningError, match=message) as error:
             talk(copy, prompt="Who pays?")
         assert "--model_name" in error.value.hint
-        assert talk(copy, prompt="Who pays?", settings=moved) == "The state pays.\n"
+    assert talk(copy, prompt="Who pays?", settings=moved) == "The state pays.\n"
 
 
 # --- What can be wrong with an adapter
@@ -251,8 +258,10 @@ FAULTS: "dict[str, Any]" = {
     f"{WEIGHTS} is damaged": lambda f: os.truncate(f / WEIGHTS, 2000),
     f"{WEIGHTS} is missing": lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"),
     "holds NaN": lambda f: edit_weights(f, lambda w, first: w[first].fill_(float("nan"))),
-    "without its partner": lambda f: edit_weights(f, lambda w, first: w.pop(first)),
-    "holds extra.weight": lambda f: edit_weights(f, lambda w, _: w.update({"extra.weight": ONE})),
+    "have no counterpart (base": lambda f: edit_weights(f, lambda w, first: w.pop(first)),
+    "counterpart (extra.weight)": lambda f: edit_weights(
+        f, lambda w, _: w.update({"extra.weight": ONE})
+    ),
     "is not the file that training saved": exchange,
 }
 ONE = torch.ones(1)
@@ -265,11 +274,6 @@ def test_a_damaged_or_special_adapter_is_refused_by_what_is_wrong(talk, copy, me
         talk(copy, prompt="Hi")
     assert message in str(error.value)
     assert error.value.hint
-
-
-def test_metrics_of_another_program_do_not_matter(talk, copy):
-    write(copy / "training_metrics.json", [{"loss": 1}])
-    assert talk(copy, prompt="Who pays?") == "The state pays.\n"
 
 
 # --- The command line

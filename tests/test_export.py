@@ -232,21 +232,17 @@ def tensors_of(path: Path) -> "dict[str, torch.Tensor]":
 @pytest.mark.parametrize(("outtype", "bound"), [("f32", 0.0), ("f16", 2e-3), ("q8_0", 4e-2)])
 def test_gguf_read_back_by_transformers_gives_the_logits_of_peft(exported, adapter, outtype, bound):
     """In f32 to the bit; rounded ones differ by what their format explains, not by zero."""
-    exact = logits(with_adapter(adapter).merge_and_unload())
-    path = exported("gguf", outtype)
+    merged = with_adapter(adapter).merge_and_unload()
+    if outtype == "f32":  # transformers does not read bf16, so its tensors are compared
+        found, output = tensors_of(exported("gguf", "bf16")), "model.layers.1.self_attn.o_proj"
+        rounded = merged.get_submodule(output).weight.bfloat16().float()
+        assert torch.equal(found["blk.1.attn_output.weight"], rounded)
+        assert torch.equal(found["output_norm.weight"], merged.model.norm.weight)
+    exact, path = logits(merged), exported("gguf", outtype)
     found = logits(load(path.parent, gguf_file=path.name))
     difference = float((found - exact).norm() / exact.norm())
     assert difference <= bound
     assert (difference > 0) == (bound > 0)
-
-
-def test_gguf_bf16_holds_the_weights_rounded_once(exported, adapter):
-    """To the bit (transformers does not read this format, so the tensors are compared)."""
-    found = tensors_of(exported("gguf", "bf16"))
-    weights = dict(with_adapter(adapter).merge_and_unload().named_parameters())
-    output = weights["model.layers.1.self_attn.o_proj.weight"]
-    assert torch.equal(found["blk.1.attn_output.weight"], output.bfloat16().float())
-    assert torch.equal(found["output_norm.weight"], weights["model.norm.weight"])
 
 
 def test_gguf_metadata(exported, tiny_model):
@@ -393,14 +389,10 @@ def test_the_modelfile_renders_what_the_chat_template_renders(base, tmp_path, te
 @pytest.mark.parametrize(
     ("template", "system", "reason"),
     [
-        (
-            "{% for m in messages %}{{ loop.index }} {{ m.content }}\n{% endfor %}",
-            None,
-            "more than",
-        ),
+        ("{% for m in messages %}{{ loop.index }}. {{ m.content }}\n{% endfor %}", None, "more"),
         ("{% for m in messages %}[{{ m.role }}] {{ m.content|trim }}\n{% endfor %}", None, "more"),
-        (None, 'Say """hello""".', 'cannot hold the """'),
-        (None, "Family: \U0001f469\u200d\U0001f393", "loses the character U+200D"),
+        (None, 'Say """hello""".', 'cannot hold """'),
+        (None, "Family: \U0001f469\u200d\U0001f393", "invisible characters"),
     ],
 )
 def test_what_ollama_would_serve_otherwise_gets_no_modelfile(
@@ -498,7 +490,14 @@ def test_what_cannot_be_exported_is_refused_by_name(base, moved, tmp_path, messa
 
 
 @pytest.mark.parametrize("format", ["merged", "gguf"])
-def test_an_export_is_replaced_only_with_overwrite(adapter, tmp_path, format):
+def test_an_export_is_replaced_only_with_overwrite(adapter, tmp_path, monkeypatch, format):
+    """And not begun where the disk cannot hold it."""
+    with monkeypatch.context() as broken:
+        usage = shutil.disk_usage(tmp_path)._replace(free=50_000)
+        broken.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(FineTuningError, match=r"needs 100\.\d MB, and 50\.0 kB are free"):
+            export(adapter, tmp_path / "out", format)
+    assert list(tmp_path.iterdir()) == []
     path = export(adapter, tmp_path / "out", format)
     marked = path / "config.json" if format == "merged" else path
     before = marked.read_bytes()
@@ -526,14 +525,6 @@ def test_overwrite_never_deletes_what_this_program_did_not_write(base, moved, tm
             export(moved, place, format, overwrite=True)
     assert [sorted(path.name for path in place.iterdir()) for place in places] == before
     assert export(checkpoint, tmp_path / "of it", "gguf").is_file()
-
-
-def test_too_little_disk_is_told_before_the_work(adapter, tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)._replace(free=50_000_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(FineTuningError, match=r"out needs 100\.\d MB, and 50\.0 MB are free"):
-        export(adapter, tmp_path / "out", "merged")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
