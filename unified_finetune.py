@@ -3942,27 +3942,17 @@ def differences(theirs: "dict[str, Any]", ours: "dict[str, Any]") -> "list[str]"
     ]
 
 
-def checkpoint_step(folder: Path) -> int:
-    """Return the step in a checkpoint folder's name."""
-    return int(folder.name.rpartition("-")[2])
-
-
-def list_checkpoints(output: Path) -> "list[Path]":
-    """Return the checkpoint folders, newest first."""
-    found = [p for p in output.glob("checkpoint-*") if re.fullmatch(r"\d+", p.name[11:])]
-    return sorted((p for p in found if p.is_dir()), key=checkpoint_step, reverse=True)
-
-
-def checkpoint_problem(folder: Path) -> "str | None":
-    """Return what keeps a folder from being a whole checkpoint of this program."""
-    found = (folder / PROGRESS_FILE).is_file() and re.search(r"-\d+$", folder.name)
-    return damage(folder) or (None if found else "it is no checkpoint of this program")
+def list_checkpoints(output: Path) -> "dict[int, Path]":
+    """Return the checkpoint folders by step, newest first."""
+    found = {folder.name[11:]: folder for folder in output.glob("checkpoint-*")}
+    steps = sorted((int(name) for name in found if name.isdecimal()), reverse=True)
+    return {step: found[str(step)] for step in steps if str(step) in found}
 
 
 def newest_whole_checkpoint(output: Path) -> "Path | None":
     """Return the newest checkpoint that is whole, naming those passed over."""
-    for folder in list_checkpoints(output):
-        problem = checkpoint_problem(folder)
+    for folder in list_checkpoints(output).values():
+        problem = damage(folder)
         if problem is None:
             return folder
         log.warning("  %s is passed over: %s", folder.name, problem)
@@ -3973,10 +3963,9 @@ def finished_settings(output: Path) -> "dict[str, Any] | None":
     """Return the settings of the finished run in a folder with its provenance; None without one."""
     if not (output / METRICS_FILE).is_file():
         return None
-    with contextlib.suppress(FineTuningError):
+    with contextlib.suppress(FineTuningError, KeyError, TypeError):
         saved = read_json(output / CONFIG_FILE)
-        provenance = saved.get("provenance")
-        if isinstance(provenance, dict) and isinstance(provenance.get("identity"), dict):
+        if isinstance(saved["provenance"]["identity"], dict):
             return saved
     what = f"{output} holds {METRICS_FILE}, but no whole record of its run ({CONFIG_FILE})."
     raise FineTuningError(what, f"Move {METRICS_FILE} elsewhere, or choose another --output_dir.")
@@ -3985,17 +3974,16 @@ def finished_settings(output: Path) -> "dict[str, Any] | None":
 def find_finished_run(config: FineTuningConfig, data: PreparedData) -> "RunArtifacts | None":
     """Return this very run's result where the output folder already holds it, whole."""
     output, ours = Path(config.output_dir), saved_settings(config)
-    if config.overwrite or config.resume != "auto":
-        return None
-    theirs = finished_settings(output)
+    theirs = None if config.overwrite or config.resume != "auto" else finished_settings(output)
     if theirs is None or differences(theirs["provenance"]["identity"], run_identity(config, data)):
         return None  # train_lora says what differs
     try:
         metrics = read_json(output / METRICS_FILE)
-        if sha256_of(output / ADAPTER_FILE) != metrics["adapter_sha256"]:
-            raise ValueError
         before, after = (f"{metrics[n]:.4f}" for n in ("eval_loss_before", "eval_loss"))
+        whole = sha256_of(output / ADAPTER_FILE) == metrics["adapter_sha256"]
     except (FineTuningError, OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
         log.warning("The result in %s is damaged; it is written again", output)
         return None
     log.info("\nThis run is finished and its adapter is whole: %s", output)
@@ -4021,12 +4009,11 @@ def choose_checkpoint(
 ) -> "Path | None":
     """Return the checkpoint to go on from; another run's output is refused, or replaced."""
     given = None if resume in ("auto", "never") else Path(resume)
-    problem = checkpoint_problem(given) if given else None
+    problem = damage(given) if given else None
     if problem:
         hint = "--resume auto takes the newest whole checkpoint of output_dir."
         raise FineTuningError(f"--resume {given} cannot be used: {problem}.", hint)
-    newest = newest_whole_checkpoint(output)
-    finished = None if newest else finished_settings(output)
+    newest, finished = newest_whole_checkpoint(output), finished_settings(output)
     there = read_json(newest / PROGRESS_FILE) if newest else (finished or {}).get("provenance")
     found = {output: differences(there["identity"], identity) if there else []}
     if given:
@@ -4039,11 +4026,10 @@ def choose_checkpoint(
     starts_anew = given is None and (overwrite or resume == "never")
     if found[output] or (there and starts_anew):
         log.info("  replacing the earlier run in %s", output)
-        if finished_settings(output):
-            for name in (METRICS_FILE, *RUN_FILES):  # without the first it is not a finished run
-                (output / name).unlink(missing_ok=True)
-        kept = given.resolve() if given else None
-        remove_checkpoints(f for f in list_checkpoints(output) if f.resolve() != kept)
+        for name in (METRICS_FILE, *RUN_FILES) if finished else ():  # without the first it is none
+            (output / name).unlink(missing_ok=True)
+        folders = list_checkpoints(output).values()
+        remove_checkpoints(f for f in folders if not (given and f.samefile(given)))
     return given or (None if starts_anew else newest)
 
 
@@ -4115,7 +4101,7 @@ class Training:
         dog = threading.Thread(target=bark, name="watchdog", daemon=True)
         dog.start()
         for handler in logging.getLogger().handlers:
-            if isinstance(handler, logging.FileHandler) and handler.stream:
+            if isinstance(handler, SafeHandler) and handler.stream is not sys.stderr:
                 faulthandler.dump_traceback_later(patience, file=handler.stream)
         try:
             yield
@@ -4148,11 +4134,8 @@ class Training:
             self.trainer.accelerator.backward(part)
             total += part.detach()
         if args.world_size > 1:  # summed, not averaged: a pass is weighted by the whole batch
-            summed = [*grads, total]
-            flat = torch.cat([part.flatten() for part in summed])  # one message
-            torch.distributed.all_reduce(flat)
-            for own, whole in zip(summed, flat.split([p.numel() for p in summed]), strict=True):
-                own.copy_(whole.view_as(own))
+            for part in (*grads, total):
+                torch.distributed.all_reduce(part)
         scaler = self.trainer.accelerator.scaler
         figures = [total[0], torch.nn.utils.get_total_norm(grads), base.layers_run.float()]
         loss, norm, layers = torch.stack(figures).tolist()  # waits for the device, once
@@ -4162,11 +4145,7 @@ class Training:
         return loss, norm / (scaler.get_scale() if scaler else 1)
 
     def step(self, examples: "Sequence[Example]", supervised: int) -> float:
-        """Compute one step's gradients; numbers that are not finite never reach the optimizer.
-
-        Out of memory: smaller passes, then recomputed activations, then the CPU. Not finite: once
-        more, then the CPU from the last checkpoint.
-        """
+        """Compute one step's gradients; numbers that are not finite never reach the optimizer."""
         trainer, step, failures = self.trainer, self.trainer.state.global_step + 1, 0
         lengths = [len(e["input_ids"]) for e in examples]
         while failures < 2:
@@ -4277,9 +4256,9 @@ class Training:
                 return now
         # The best and the newest stay; those of later steps, which were passed over, go first.
         best_step = best["step"] if best else now
-        steps = [checkpoint_step(folder) for folder in list_checkpoints(output)]
-        steps.sort(key=lambda n: (n != now, n != best_step, n > now, -n))
-        remove_checkpoints(output / f"checkpoint-{n}" for n in steps[config.save_total_limit :])
+        folders = list_checkpoints(output)
+        steps = sorted(folders, key=lambda n: (n != now, n != best_step, n > now, -n))
+        remove_checkpoints(folders[n] for n in steps[config.save_total_limit :])
         return now
 
     def train(self, checkpoint: "Path | None") -> None:
@@ -4391,9 +4370,11 @@ def peak_memory(device: str) -> int:
     return counts[device]() if device in counts else peak
 
 
-def periodic_count(config: FineTuningConfig) -> int:
-    """Return how many examples to evaluate during training: a tenth of the time's worth."""
-    return config.max_eval_examples or max(1, config.eval_steps * config.effective_batch // 5)
+def periodic_examples(data: PreparedData, config: FineTuningConfig) -> "datasets.Dataset":
+    """Pick the examples to evaluate during training: about a tenth of the time's worth."""
+    count = config.max_eval_examples or max(1, config.eval_steps * config.effective_batch // 5)
+    order = data.eval.shuffle(seed=config.seed, keep_in_memory=True)
+    return order.select(range(min(len(order), count)))
 
 
 def load_trainable(
@@ -4442,9 +4423,9 @@ def make_plan(
     )  # fmt: skip
     steps = math.ceil(config.num_train_epochs * math.ceil(len(lengths) / batch))
     tokens = round(sum(lengths) * steps * batch / len(lengths))
-    share = min(1, periodic_count(config) / len(data.eval))
+    often = sum(periodic_examples(data, config)["length"]) * (steps // config.eval_steps + 1)
     # In the end all of them: without the adapter, with it, and with the one that was saved.
-    evaluated = round(sum(data.eval["length"]) * (share * (steps // config.eval_steps + 1) + 3))
+    evaluated = often + 3 * sum(data.eval["length"])
     words = f"{tokens:,} tokens to train on, {evaluated:,} to evaluate"
     log.info("  plan: %d steps of %d examples, %s", steps, batch, words)
     log.info("  forward passes of at most %d tokens; memory: %s", memory.budget, memory.reason)
@@ -4520,16 +4501,15 @@ def train_on(
 ) -> TrainResult:
     """Train on one device from a checkpoint, or from the start, to the end."""
     memory, steps, _ = make_plan(data, report, config)
-    state, done = RunState(run_identity(config, data), memory.budget, memory.recompute), 0
+    state = RunState(run_identity(config, data), memory.budget, memory.recompute)
     if checkpoint:
         log.info("  resuming from %s", checkpoint)
-        state, done = RunState(**read_json(checkpoint / PROGRESS_FILE)), checkpoint_step(checkpoint)
+        state = RunState(**read_json(checkpoint / PROGRESS_FILE))
         wanted = {"on": True, "off": False}
         state.recompute = wanted.get(config.gradient_checkpointing, state.recompute)
     model = load_trainable(data, report, config, recompute=state.recompute)
     prove_engine(model, data.train, report.device)
-    order = data.eval.shuffle(seed=config.seed, keep_in_memory=True)
-    periodic = order.select(range(min(len(order), periodic_count(config))))
+    periodic, done = periodic_examples(data, config), len(state.steps)
     began = time.monotonic() - state.seconds
     training = Training(model, state, config, report.device, periodic, steps, done, done, began)
     training.trainer = build_trainer(training, data)
@@ -4553,9 +4533,8 @@ def train_lora(
     data: PreparedData, report: PreflightReport, config: FineTuningConfig
 ) -> TrainResult:
     """Train the adapter, resuming from this run's last checkpoint; the best weights are loaded."""
-    given = Path(config.output_dir), config.resume, run_identity(config, data)
-    choose = functools.partial(choose_checkpoint, *given, overwrite=config.overwrite)
-    checkpoint = once_for_all(choose)
+    output, how = Path(config.output_dir), (config.resume, run_identity(config, data))
+    checkpoint = once_for_all(lambda: choose_checkpoint(output, *how, overwrite=config.overwrite))
     keep_awake()
     while True:
         hint = "Lower --learning_rate, and look for broken rows: python unified_finetune.py data"
@@ -4574,7 +4553,7 @@ def train_lora(
         empty_device_cache(report.device)
         log.warning("%s; going on from the last checkpoint on the CPU in float32", reason)
         report = dataclasses.replace(report, device="cpu", dtype="float32")
-        checkpoint = newest_whole_checkpoint(given[0]) or checkpoint
+        checkpoint = newest_whole_checkpoint(output) or checkpoint
 
 
 # ======================================================================================
@@ -4608,19 +4587,16 @@ def answer_samples(
 ) -> "list[Sample]":
     """Answer the user's questions, then held-out ones spread over the lengths, both ways."""
     model, tokenizer = result.model.eval(), result.tokenizer
-    room = data.base.positions - SAMPLE_TOKENS
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    asked: list[tuple[str, str | None, list[int]]] = []
-    for text in own:
-        prompt = tokenize_prompt(tokenizer, [*system, {"role": "user", "content": text}])
-        if len(prompt) <= room:
-            asked.append((text, None, prompt))
-        else:
-            log.warning("  too long to answer, left out (sample_prompts): %s", shorten(text))
-    rows = sorted((r for r in data.eval if r["spans"][-1][0] <= room), key=lambda r: r["length"])
+    chats = [[*system, {"role": "user", "content": text}] for text in own]
+    asked: list[Any] = [(c[-1]["content"], None, tokenize_prompt(tokenizer, c)) for c in chats]
+    rows = sorted(data.eval, key=lambda row: row["length"])
     count = min(SAMPLE_ANSWERS, len(rows))
     for row in [rows[(2 * k + 1) * len(rows) // (2 * count)] for k in range(count)]:
         asked.append((row["question"], row["answer"], row["input_ids"][: row["spans"][-1][0]]))
+    for asking in [a for a in asked if len(a[2]) > data.base.positions - SAMPLE_TOKENS]:
+        log.warning("  too long to answer, left out: %s", shorten(asking[0]))
+        asked.remove(asking)
     longest = max((len(prompt) for _, _, prompt in asked), default=0) + SAMPLE_TOKENS
     size, samples = max(1, result.budget // longest), list[Sample]()
     told = memory_in_words("Answering the sample questions", "Close programs. " + RUN_AGAIN)
@@ -4630,8 +4606,8 @@ def answer_samples(
             with model.disable_adapter():
                 base = generate(model, tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS)
             tuned = generate(model, tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS)
-            answered = zip(batch, base, tuned, strict=True)
-            samples += [Sample(*asking[:2], *both) for asking, *both in answered]
+            for asking, *both in zip(batch, base, tuned, strict=True):
+                samples.append(Sample(*asking[:2], *both))
             advance(len(batch))
     return samples
 
@@ -4673,7 +4649,6 @@ def prove_adapter(model: "PeftModel", data: PreparedData, folder: Path) -> "dict
             raise FineTuningError(FAILED_TEST + str(error), again) from error
         found, logits = adapter_weights(fresh), probe_logits(fresh, examples)
     changed = [n for n in trained if n not in found or not found[n].equal(trained[n])]
-    zeros = [n for n, value in found.items() if "lora_B" in n and not value.any()]
     difference, effect = (float((logits - x).norm() / x.norm()) for x in (tuned, base))
     wrong = [f"{len(changed)} of its {len(trained)} tensors are not those trained"] * bool(changed)
     if not difference <= TOLERANCE[dtype]:
@@ -4685,7 +4660,7 @@ def prove_adapter(model: "PeftModel", data: PreparedData, folder: Path) -> "dict
         raise FineTuningError(FAILED_TEST + "\n  - ".join(wrong), hint)
     log.info("  adapter test passed: read back it is the trained one, bit for bit")
     facts = {"reloaded_logit_error": difference, "adapter_logit_effect": effect}
-    return facts | {"adapter_tensors": len(found), "adapter_zero_updates": len(zeros)}
+    return facts | {"adapter_tensors": len(found)}
 
 
 # --- the verdict: what the losses say, in plain words
@@ -4743,7 +4718,7 @@ def judge_training(
     )
     # ruff: enable[E501]
     # fmt: on
-    kind, headline = next(row[1:] for row in kinds if row[0])
+    _, kind, headline = next(row for row in kinds if row[0])
     told = " ".join(words for holds, words in evidence if holds)
     verdict = {"verdict": kind, "verdict_headline": headline, "verdict_evidence": told}
     verdict["verdict_advice"] = next(words for holds, words in advice if holds)
@@ -4756,7 +4731,7 @@ def judge_training(
 INK = {"accent": "#0b6e5f", "train": "#9aa3b5", "soft": "#62676e", "line": "#e4e1da"}
 
 
-def draw(fill: "Callable[[Any], object]", height: int, png: "Path | None" = None) -> str:
+def draw(height: int, fill: "Callable[[Any], object]", png: "Path | None" = None) -> str:
     """Return what `fill` draws, 440 points wide, as SVG in the page's colours (and write PNG)."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -4849,8 +4824,7 @@ mark{background:var(--tint);color:inherit;border-bottom:2px solid var(--accent)}
 <div><dt>Training time</dt><dd>{{ time }}<small>{{ m.train_tokens_per_second|int|n }} tokens/s on {{ m.device }}, {{ m.dtype }}</small></dd></div>
 <div><dt>Memory at its peak</dt><dd>{{ "%.1f" % m.peak_memory_gb }} GB<small>{{ m.trainable_params|n }} of {{ m.total_params|n }} parameters trained</small></dd></div></dl>
 <h2>Training</h2><p class="note">{{ m.total_steps|n }} steps. Loss is the surprise per answer token: lower is better, and what counts is that on held-out rows, which were never trained on.
-{% if (m.periodic_eval_examples or m.eval_examples) < m.eval_examples %}The curve looks at {{ m.periodic_eval_examples|n }} of them, the dashed line and the numbers above at all {{ m.eval_examples|n }}.{% endif %}
-</p>
+{% if (m.periodic_eval_examples or m.eval_examples) < m.eval_examples %}The curve looks at {{ m.periodic_eval_examples|n }} of them, the dashed line and the numbers above at all {{ m.eval_examples|n }}.{% endif %}</p>
 <div class="charts">{% for name, svg in charts[:3] %}<figure{{ ' class="tall"'|safe if loop.first }}><figcaption>{{ name }}</figcaption>{{ svg|safe }}</figure>{% endfor %}</div>
 <h2>Data</h2><p class="note">Rows count from 0, as in quality_report.json, which names every row that was left out.</p>
 <div class="charts">{% for name, svg in charts[3:] %}<figure><figcaption>{{ name }}</figcaption>{{ svg|safe }}</figure>{% endfor %}</div>
@@ -4931,17 +4905,16 @@ def write_pages(folder: Path, result: TrainResult, data: PreparedData, **facts: 
     lengths = [*data.train["length"], *data.eval["length"]]
     spans = [*data.train["spans"], *data.eval["spans"]]
     answers = [sum(end - start for start, end in row) for row in spans]
-    charts = (
-        ("Loss", 310, lambda axes: draw_losses(axes, result)),
+    charts: Any = (
+        ("Loss", 310, lambda axes: draw_losses(axes, result), folder / "curves.png"),
         ("Learning rate", 176, lambda axes: draw_curve(axes, result, "learning_rate")),
         ("Gradient norm", 176, lambda axes: draw_curve(axes, result, "grad_norm")),
         ("Tokens per row", 220, lambda axes: axes.hist(lengths, 20, rwidth=0.92, color=ink)),
         ("Answer tokens per row", 220, lambda axes: axes.hist(answers, 20, rwidth=0.92, color=ink)),
     )
-    draw(charts[0][2], 260, folder / "curves.png")
     facts = facts | {
         "m": m, "q": data.quality, "shown": data.shown, "longest": SAMPLE_TOKENS,
-        "charts": [(title, draw(fill, height)) for title, height, fill in charts],
+        "charts": [(title, draw(*how)) for title, *how in charts],
         "base": data.base.name, "local": data.base.name == str(data.base.folder),
         "source": data.source.path.name, "perplexity": math.exp(min(m["eval_loss"], 700)),
         "made": f"{datetime.now():%Y-%m-%d %H:%M}", "time": human_seconds(m["train_runtime"]),
@@ -4999,18 +4972,18 @@ def save_results(result: TrainResult, data: PreparedData, config: FineTuningConf
         names = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers")
         packages = {"python": platform.python_version()} | {n: version(n) for n in names}
         provenance = {
-            "program": f"unified_finetune {__version__}", "packages": packages,
-            "data_sha256": data.source.sha256, "base_name": data.base.name,
-            "base_digest": data.base.digest, "identity": result.identity,
+            "program": f"unified_finetune {__version__}", "system": platform.platform(),
+            "packages": packages, "data": data.source.source, "data_sha256": data.source.sha256,
+            "base_name": data.base.name, "base_digest": data.base.digest,
+            "identity": result.identity,
         }  # fmt: skip
         write_json(staged / CONFIG_FILE, settings | {"provenance": provenance})
         write_json(staged / QUALITY_FILE, dataclasses.asdict(data.quality))
         write_json(staged / METRICS_FILE, m)
-        origin = {"data": data.source.source, "system": platform.platform()} | packages | provenance
-        details = {"Settings": settings, "Numbers": m, "Versions and hashes": origin}
-        more: dict[str, Any] = {"samples": samples, "stops": stops, "details": details}
+        details = {"Settings": settings, "Numbers": m, "Versions and hashes": packages | provenance}
         result = dataclasses.replace(result, metrics=m)
-        write_pages(staged, result, data, name=output.resolve().name, system=prompt, **more)
+        about = {"name": output.resolve().name, "system": prompt, "samples": samples}
+        write_pages(staged, result, data, stops=stops, details=details, **about)
         claim = next(iter(check_folders(output, output, str(data.base.folder))))
         if claim.outcome == "failed":  # a file of the user's has come to lie there
             raise FineTuningError(claim.detail, "Move that elsewhere. " + RUN_AGAIN)

@@ -42,9 +42,8 @@ def check_result(output: Path) -> dict:
     quality = json.loads((output / "quality_report.json").read_text())
     used = metrics["train_examples"] + metrics["eval_examples"] + metrics["dropped_examples"]
     assert used == quality["total_examples"]
-    assert quality["valid_examples"] / quality["total_examples"] == pytest.approx(
-        quality["quality_score"]
-    )
+    share = quality["valid_examples"] / quality["total_examples"]
+    assert share == pytest.approx(quality["quality_score"])
     tokenizer = json.loads((output / "tokenizer_config.json").read_text())
     assert "<|assistant|>" in tokenizer["chat_template"]
     return metrics
@@ -56,14 +55,12 @@ def loaded_logits(output: Path) -> "tuple[torch.Tensor, torch.Tensor]":
     from transformers import AutoModelForCausalLM
 
     base_name = json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"]
-    model = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base_name), output
-    ).eval()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_name), output)
     ids = torch.tensor([[1, 300, 301, 302, 5, 9]])
-    with torch.inference_mode(), model.disable_adapter():
-        before = model(input_ids=ids).logits
     with torch.inference_mode():
-        return before, model(input_ids=ids).logits
+        after = model.eval()(input_ids=ids).logits
+        with model.disable_adapter():
+            return model(input_ids=ids).logits, after
 
 
 def test_from_the_bucket_to_an_adapter_and_the_second_run_has_nothing_to_do(
@@ -91,6 +88,7 @@ def test_from_the_bucket_to_an_adapter_and_the_second_run_has_nothing_to_do(
 
 def test_training_config_repeats_the_run_byte_for_byte(run_cli, tiny_model, sample_data, tmp_path):
     rows = json.loads(sample_data.read_text())[:60]
+    rows[7]["output"] = "word " * 200_000  # a megabyte: left out and named
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     files = ("--model_name", tiny_model, "--data_path", "rows.json")
     first = run_cli(*RUN, *files, "--output_dir", "a", cwd=tmp_path)
@@ -100,6 +98,8 @@ def test_training_config_repeats_the_run_byte_for_byte(run_cli, tiny_model, samp
     assert second.code == 0, second.stderr
     one, two = (finetune.sha256_of(tmp_path / d / "adapter_model.safetensors") for d in "ab")
     assert one == two
+    report = json.loads((tmp_path / "a/quality_report.json").read_text())
+    assert 7 in [entry["row"] for entry in report["dropped"]]
 
 
 ALPACA = pytest.param("alpaca_clean_sample.jsonl", marks=pytest.mark.scale)
@@ -120,11 +120,9 @@ def test_real_data_lowers_the_loss_of_a_real_model(run_cli, assets, tmp_path, na
     assert (before - after).abs().max() > 0.01
 
 
-BAD_INPUT = {
+BAD_INPUT = {  # what stands in the file is tests/test_prepare.py's
     "empty file": (lambda p: p.write_text(""), "empty"),
     "truncated JSON": (lambda p: p.write_text('[{"instruction": "a", "outp'), "line 1"),
-    "wrong keys": (lambda p: p.write_text('[{"heading": "a", "body": "b"}]' ), "heading"),
-    "binary junk": (lambda p: p.write_bytes(bytes(range(256)) * 40), "not"),
     "only empty outputs": (
         lambda p: p.write_text(json.dumps([{"instruction": "q", "output": ""}] * 20)),
         "None of the 20 rows is usable",
@@ -149,36 +147,3 @@ def test_bad_input_ends_with_its_own_message(run_cli, tiny_model, tmp_path, case
     assert words in result.stderr
     assert "->" in result.stderr
     assert result.stdout == ""
-
-
-def test_a_row_of_a_megabyte_is_left_out_and_named(run_cli, tiny_model, sample_data, tmp_path):
-    rows = json.loads(sample_data.read_text())[:40]
-    rows[7]["output"] = "word " * 200_000
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    result = run_cli(
-        "data", *RUN, "--model_name", tiny_model, "--data_path", "rows.json", cwd=tmp_path
-    )
-    assert result.code == 0, result.stderr
-    report = json.loads((tmp_path / "collegeadvisor_unified_model/quality_report.json").read_text())
-    assert [entry["row"] for entry in report["dropped"] if entry["row"] == 7] == [7]
-
-
-def test_everything_wrong_is_told_at_once(run_cli, tmp_path):
-    result = run_cli(
-        "check", "--model_name", "./nothing-here", "--min_disk_gb", "1e9", cwd=tmp_path
-    )
-    assert result.code == 11
-    for words in ("R2_ACCESS_KEY_ID", "R2_SECRET_ACCESS_KEY", "nothing-here", "free"):
-        assert words in result.stderr
-    assert "Traceback" not in result.stderr
-
-
-def test_a_readable_env_file_is_warned_about(run_cli, tiny_model, sample_data, tmp_path):
-    (tmp_path / ".env").write_text("R2_BUCKET_NAME=some-bucket\n")
-    (tmp_path / ".env").chmod(0o644)
-    files = ("--data_path", sample_data, "--model_name", tiny_model)
-    arguments = ("check", *files, "--min_disk_gb", 0)
-    loose = run_cli(*arguments)
-    assert (loose.code, "chmod 600" in loose.stderr) == (0, True), loose.stderr
-    (tmp_path / ".env").chmod(0o600)
-    assert "chmod 600" not in run_cli(*arguments).stderr

@@ -63,8 +63,8 @@ def make_report(tmp_path_factory, tiny_model, sample_data):
 @pytest.fixture(scope="module")
 def report(make_report):
     """Return the report of an ordinary run."""
-    warned = {"loss_warnings": [f"{SCRIPT} (step 3)"], "periodic_eval_examples": 5}
-    return make_report(sample_prompts=(f"What is {SCRIPT}?",), metrics=warned)
+    asked = (f"What is {SCRIPT}?",)
+    return make_report(sample_prompts=asked, metrics={"periodic_eval_examples": 5})
 
 
 def test_the_page_loads_nothing_and_a_script_in_the_data_is_text(report, visit):
@@ -119,17 +119,12 @@ def test_everything_is_on_the_page(report):
         metrics["verdict_advice"], metrics["data_sha256"], metrics["adapter_sha256"], "1.500",
         "placeholder answer", "learning_rate", "transformers", "by themselves", "row 9",
         f"{supervised:,} of {supervised + masked:,}", f"{quality['answers']} answers",
-        "looks at 5 of them", "&lt;img src=https://example.org/x.png&gt; (step 3)",
+        "looks at 5 of them", "&lt;img src=https://example.org/x.png&gt;",
     ):  # fmt: skip
         assert fact in text, fact
     shown = re.findall(r'<article class="text">(.*?)</article>', text, re.S)
     assert len(shown) == 3
     assert all(re.search(r"<mark>[^<]*&lt;/s&gt;</mark>", example) for example in shown)
-
-
-def test_the_same_run_gives_the_same_charts(make_report):
-    first, second = (re.findall("<svg.*?</svg>", make_report().read_text(), re.S) for _ in "ab")
-    assert first == second
 
 
 LOSSES = [2 / (1 + step / 500) for step in range(3000)]
@@ -142,6 +137,8 @@ HISTORIES = {
 
 @pytest.mark.parametrize("length", HISTORIES)
 def test_a_run_of_any_length_has_a_small_page(make_report, length):
-    page = make_report(history=HISTORIES[length])
-    assert page.read_text(encoding="utf-8").count("<svg") == 5
-    assert page.stat().st_size < 200_000
+    pages = [make_report(history=HISTORIES[length]) for _ in range(2)]
+    one, two = (re.findall("<svg.*?</svg>", page.read_text("utf-8"), re.S) for page in pages)
+    assert len(one) == 5
+    assert one == two
+    assert pages[0].stat().st_size < 200_000
