@@ -2866,10 +2866,9 @@ TEXT_RULES: "tuple[tuple[str, str | None, re.Pattern[str]], ...]" = (
     # an admission or graduation rate that is probably 100 times too small, but no change of one
     ("implausible_value", None, re.compile(r"\b(?:admissions?|admit|acceptance|graduation|accept|graduate|admi\w+)\b(?=[^.\n]{0,40}(?:rate|share|percentage|%|percent))(?:(?!ris|ros|fell|grew|increas|decreas|declin|drop|chang|differ|fee|interest|loan)(?:[^.\n]|\.\d)){0,80}?(?<![\d.,])(?:0?\.\d+\s?(?:%|per\s?cent\b)(?!\s?points)|0?\.00\d*(?![\d.,]*\s?(?:%|per\s?cent)))", re.I)),
     ("ai_boilerplate", "assistant", re.compile(r"\A.{0,300}?\b(?:(?:as|being) an? (?:(?:ai|artificial intelligence)(?: language)? (?:model|assistant|chatbot)|(?:large )?language model)\b|as an ai,)", re.I | re.S)),
+    # no sentence ends with such a word; nor, behind a finished one, with a small letter, but for code, quotations and titles
+    ("cut_off_answer", "assistant", re.compile(r"\A(?!.*```)(?=\S+(?:\s+\S+){4}).*(?:[,(\[]|\s(?:the|an?|of|and|or|to|with|in|is|are|was|were|for|that|by|as|at|from|which|but|because|its|their|this|be|has|have|your|his|her|can|will|would|should|into|than|if|when|while|such)|[a-z][.!?][\"'’”]? +[A-Z](?:(?![.!?]\s)[^\n#/@_={}|\\<>\-–—()])*\s[a-z][a-z']*)\Z", re.S)),
 )
-# What no sentence ends with; what may break off so: code, quotations with their author, titles.
-OPEN_END = re.compile(r"[,(\[]\Z|\s(?:the|an?|of|and|or|to|with|in|is|are|was|were|for|that|by|as|at|from|which|but|because|its|their|this|be|has|have|your|his|her|can|will|would|should|into|than|if|when|while|such)\Z")
-NO_END = re.compile(r"[a-z][.!?][\"'’”]? +[A-Z](?:(?![.!?]\s)[^\n#/@_={}|\\<>\-–—()])*\s[a-z][a-z']*\Z")
 # What no tokenizer should see; and what is left of LaTeX where JSON takes \f, \b, \a, \v for its own,
 # or \t, \n, \r for white space, which only mathematics beside it betrays.
 NEVER_TRAINED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")
@@ -2882,12 +2881,6 @@ STEM = re.compile(r"\b\w{1,6}")
 STOP_STEMS = frozenset(STEM.findall("a an the of in on at to for from by with and or but if is are was were be been being do does did have has had can could will would shall should may might must i you he she it we they me my your his her its our their this that these those what which who whom whose when where why how as not no yes so than then there here about into over under up down out off please tell explain describe give"))
 
 KNOWN = {"chosen", *TURNS, *QUESTION, *ANSWER}  # a row has one of these keys
-WRAPPERS = ("data", "rows", "examples", "train", "instances", "samples", "records", "items")
-NOT_UTF8 = (  # how a file begins that is no text in UTF-8, and what it is
-    (b"\x1f\x8b", "a gzip file"), (b"PK\x03\x04", "a ZIP file"), (b"BZh", "a bzip2 file"), (b"\xfd7zXZ\0", "an xz file"),
-    (b"\x28\xb5\x2f\xfd", "a Zstandard file"), (b"ARROW1", "an Arrow file"),
-    (b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"),
-)
 # ruff: enable[E501]
 # fmt: on
 BITS = {name: 1 << number for number, name in enumerate(CHECKS)}
@@ -3029,16 +3022,16 @@ def read_document(path: Path, advance: "Callable[[int], None]") -> "list[Any]":
     try:
         content = parse_json("".join(text for _, text in read_lines(path, advance, -1)))
     except ValueError as error:
-        hint = "Correct it, or export it again."
-        raise file_error(path, f"is broken in {error}.", hint) from error
+        raise file_error(path, f"is broken in {error}.", "Correct or export it again.") from error
     if not isinstance(content, dict):
         return typing.cast("list[Any]", content)
-    lists = {key: value for key, value in content.items() if isinstance(value, list)}
-    for key, rows in lists.items():
-        if len(lists) == 1 and (key in WRAPPERS or any(isinstance(row, dict) for row in rows)):
-            return rows
-    what = "is one JSON object, not an array of rows"
-    raise file_error(path, f"{what} {list_keys(content)}.", TWO_NEEDED)
+    lists = [
+        v for v in content.values() if isinstance(v, list) and any(isinstance(i, dict) for i in v)
+    ]
+    if len(lists) != 1 or any(clean_name(key) in (*TURNS, *ANSWER) for key in content):
+        what = f"is one JSON object, not an array of rows {list_keys(content)}."
+        raise file_error(path, what, TWO_NEEDED)
+    return lists[0]
 
 
 def read_csv(path: Path, head: str, advance: "Callable[[int], None]") -> "Iterator[object]":
@@ -3069,7 +3062,10 @@ def read_parquet(path: Path) -> "Iterator[object]":
     from pyarrow import parquet
 
     try:
-        for batch in parquet.ParquetFile(path).iter_batches(1000):
+        table = parquet.ParquetFile(path)
+        if len(set(table.schema_arrow.names)) < len(table.schema_arrow.names):
+            raise file_error(path, "has a column twice.")
+        for batch in table.iter_batches(1000):
             yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise file_error(path, f"cannot be read as a table: {first_line(error)}.") from error
@@ -3079,22 +3075,24 @@ def read_rows(path: Path, advance: "Callable[[int], None]") -> "Iterator[SourceR
     """Yield the rows of a file, whose kind follows from its content, not from its name."""
     try:
         with path.open("rb") as stream:
-            head = stream.read(1 << 16)
+            head = stream.read(2000)
             stream.seek(0)
             raw = iter(lambda: stream.readline(MAX_LINE_BYTES), b"")
             lines = (line.removeprefix(b"\xef\xbb\xbf").strip() for line in raw)
             first, second = (*itertools.islice(filter(None, lines), 2), b"", b"")[:2]
-        found = [what for start, what in NOT_UTF8 if head.startswith(start)]
+        encoding = json.detect_encoding(head)
+        text = head.decode(encoding, "ignore")
         if head.startswith(b"PAR1"):
             rows: Iterable[object] = read_parquet(path)
-        elif found:
-            convert = f"Convert it: iconv -f {found[0]} -t UTF-8 OLD > NEW"
-            hint = convert if found[0].startswith("UTF") else "Unpack or convert it first."
-            raise file_error(path, f"is {found[0]}, not text in UTF-8.", hint)
         elif not first:
             raise file_error(path, "is empty: it holds no rows.")
-        elif len(re.findall(rb"[\0-\x08\x0e-\x1f]", head[:2000])) > 2:
-            raise file_error(path, "is a binary file, not text.")
+        elif len(re.findall(r"[\0-\x08\x0e-\x1f]", text)) > 2 or len(text) * 8 < len(head):
+            hint = "Unpack it where it is packed, or export the data again."
+            raise file_error(path, "is a binary file, not text.", hint)
+        elif not encoding.startswith("utf-8"):
+            wide = encoding[:6].upper()
+            hint = f"Convert it: iconv -f {wide} -t UTF-8 OLD > NEW"
+            raise file_error(path, f"is {wide}, not text in UTF-8.", hint)
         # An object over several lines opens with a line that is left unfinished.
         elif first[:1] == b"{" and second and first.endswith(b"}"):
             yield from read_json_lines(path, advance)
@@ -3128,7 +3126,6 @@ class Row:
     masked: int = 0  # answers that carry none
     notes: "dict[str, str]" = field(default_factory=dict)  # by check: what was found
     unused: "set[str]" = field(default_factory=set)  # keys
-    texts: "list[str]" = field(default_factory=list)  # rendered: see render_answers
 
     def read(self, row: object, system: "str | None", turns: str) -> None:
         """Read a row; `turns` is assistant_turns. Raise RowError where it cannot be trained."""
@@ -3159,17 +3156,22 @@ class Row:
         """Return what an object says, by clean key, and whether its answer is to carry no loss."""
         if TWICE in row:
             self.notes["repeated_key"] = f"{row.pop(TWICE)!r} stands twice"
-        filled = {key: value for key, value in row.items() if is_filled(value)}
-        fields: dict[str, Any] = {clean_name(str(key)): value for key, value in filled.items()}
-        masked = False
-        for key in (*MASK, "label"):
-            flag = FLAGS.get(str(fields.get(key)).lower().removesuffix(".0"))
-            if flag is not None:  # else it is one of the keys that are not used
-                del fields[key]
-            if flag is False and key == "label":
-                self.notes["negative_label"] = "label is false"
-            masked = masked or (flag is False and key in MASK)
-        return fields, masked
+        fields: dict[str, Any] = {clean_name(str(k)): v for k, v in row.items() if is_filled(v)}
+        texts = {key: str(fields.get(key)).lower().removesuffix(".0") for key in (*MASK, "label")}
+        flags = {key: FLAGS[text] for key, text in texts.items() if text in FLAGS}
+        for key in flags:  # others are keys that are not used
+            del fields[key]
+        if flags.pop("label", True) is False:
+            self.notes["negative_label"] = "label is false"
+        return fields, False in flags.values()
+
+    def note_unused(self, fields: "dict[str, Any]", prefix: str = "") -> None:
+        """Note the fields that nothing has taken."""
+        self.unused.update(prefix + key for key in fields)
+        for check, keys in TELLING_KEYS.items():
+            self.notes.update(
+                (check, f"{prefix}{key} is not used") for key in keys if key in fields
+            )
 
     def read_object(self, row: "dict[Any, object]") -> None:
         """Add the messages of a row, or of a turn that is a pair of question and answer."""
@@ -3191,9 +3193,7 @@ class Row:
                 self.read_turns(*answer, masked)
             else:
                 self.add("assistant", *answer, masked)
-        for check, keys in TELLING_KEYS.items():
-            self.notes.update((check, f"{key} is not used") for key in keys if key in fields)
-        self.unused.update(fields)
+        self.note_unused(fields)
 
     def read_question(self, row: "dict[Any, object]", fields: "dict[str, Any]") -> None:
         """Add what the user says in the fields of a row: all that is there."""
@@ -3219,15 +3219,13 @@ class Row:
         if not isinstance(turns, list):
             raise RowError("not_text", f"{name} is {name_type(written)}, not a list of turns")
         for number, turn in enumerate(turns, 1):
-            where = f"turn {number}"
-            if isinstance(turn, dict):
-                self.read_turn(name, where, turn, masked)
-            elif name == "history" and isinstance(turn, (list, tuple)) and len(turn) == 2:
-                self.add("user", f"{where} of history", turn[0])
-                self.add("assistant", f"{where} of history", turn[1], masked)
+            if name == "history" and isinstance(turn, (list, tuple)) and len(turn) == 2:
+                self.read_object({"input": turn[0], "output": turn[1], "train": not masked})
+            elif isinstance(turn, dict):
+                self.read_turn(name, f"turn {number}", turn, masked)
             else:
                 what = name_type(turn) + " without a role" * isinstance(turn, str)
-                raise RowError("bad_turn", f"{where} is {what}")
+                raise RowError("bad_turn", f"turn {number} is {what}")
 
     def read_turn(self, name: str, where: str, turn: "dict[Any, object]", masked: bool) -> None:
         """Add the message of one turn, or those of a pair of question and answer."""
@@ -3241,17 +3239,16 @@ class Row:
             tool = ": tool use is not trained here" * (role == "tool")
             shown = f"the role {shorten(repr(said[1]), 40)}{tool}" if said else "no role"
             raise RowError("bad_turn", f"{where} has {shown} {list_keys(turn)}")
-        call, found = take(fields, TELLING_KEYS["tool_calls"]), take(fields, CONTENT)
-        if call:
-            self.notes["tool_calls"] = f"{where} has {call[0]}"
+        found = take(fields, CONTENT)
         content = found[1] if found else ""
         if isinstance(content, list):  # OpenAI's parts: texts can be joined, pictures cannot
             parts: list[Any] = [p.get("text") if isinstance(p, dict) else p for p in content]
             if all(isinstance(part, str) for part in parts):
                 content = "".join(parts)
-        self.unused.update(f"{name}[].{key}" for key in fields)
+        self.note_unused(fields, f"{name}[].")
         if found or role != "system":
-            self.add(role, where + " (a tool call)" * bool(call), content, masked or own)
+            call = " (a tool call)" * bool(take(fields, TELLING_KEYS["tool_calls"]))
+            self.add(role, where + call, content, masked or own)
 
     def add(self, role: str, name: str, value: object, masked: bool = False) -> None:
         """Add a message; an answer carries loss unless it is masked or nothing was asked yet."""
@@ -3262,10 +3259,10 @@ class Row:
         if not VISIBLE.search(text):
             check = "empty_output" if role == "assistant" else "bad_turn"
             raise RowError(check, f"{name} is empty")
-        asked = any(m["role"] == "user" for m in self.messages)
-        if role == "assistant" and asked and not masked:
-            self.answers.append(len(self.messages))
-        self.masked += role == "assistant" and (masked or not asked)
+        if role == "assistant":
+            masked = masked or not any(m["role"] == "user" for m in self.messages)
+            self.masked += masked
+            self.answers += [len(self.messages)] * (not masked)
         message = {"role": role, "content": text}
         if role != "system" or message not in self.messages:  # as a key and as a turn
             self.messages.append(message)
@@ -3281,15 +3278,14 @@ class Row:
         eaten = EATEN.search(value) or (MATHEMATICS.search(value) and EATEN_WHITE.search(value))
         if eaten:
             self.notes["eaten_backslash"] = f"{name} holds {eaten[0]!a}"
+        value = value.replace("\r\n", "\n")
         if not NEVER_TRAINED.search(value):
             return value
-        value = value.replace("\r\n", "\n")
         went = sorted(set(NEVER_TRAINED.findall(value)))
         codes = ", ".join(f"U+{ord(c):04X}" for c in went)
         if any("\ud800" <= c <= "\udfff" for c in went):
             raise RowError("undecodable", f"{name} holds half a character ({codes})")
-        if went:
-            self.notes["control_characters"] = f"{name} held {codes}"
+        self.notes["control_characters"] = f"{name} held {codes}"
         value = re.sub("[\0\ufeff]", "", value)
         return NEVER_TRAINED.sub(lambda m: "\n" if m[0] in "\v\f\r" else " ", value)
 
@@ -3299,102 +3295,88 @@ class Row:
 
 def check_texts(row: Row, special: "re.Pattern[str]") -> None:
     """Note what a person should look at; raise RowError where the model's own tokens stand."""
-    asked, notes = "", row.notes
+    asked = ""
     for place, message in enumerate(row.messages):
-        role, text = message["role"], message["content"]
-        found = special.search(text)
+        role, text = message["role"], message["content"].strip()
+        found = special.search(message["content"])
         if found:
             raise RowError("special_tokens", f"a text of the {role}'s holds {found[0]!r}")
         for check, whose, pattern in TEXT_RULES:
             found = pattern.search(text) if whose in (None, role) else None
-            if found and not (whose and text.strip().casefold() in asked.casefold()):
+            if found and not (whose and text.casefold() in asked.casefold()):
                 times = len(pattern.findall(text))
-                notes[check] = f"{role}: {shorten(found[0][-60:])!r}, {times} times"
+                row.notes[check] = f"{role}: {shorten(found[0][-60:])!r}, {times} times"
         if place in row.answers:
-            question, _, given = asked.strip().partition("\n\n")
-            said, end = text.strip(), f"… {text[-60:]}"
-            long = len(said.split()) >= 5 and "```" not in said
-            for check, wrong, shown in (
-                ("answer_repeats_question", said in (asked.strip(), question, given), said[:60]),
-                ("cut_off_answer", long and (OPEN_END.search(said) or NO_END.search(said)), end),
-                ("unbalanced_code_fence", len(re.findall(r"^\s*```", text, re.M)) % 2, end),
-            ):
-                if wrong:
-                    notes[check] = repr(shown)
+            if text in (asked, *asked.partition("\n\n")):
+                row.notes["answer_repeats_question"] = repr(text[:60])
+            if len(re.findall(r"^\s*```", text, re.MULTILINE)) % 2:
+                row.notes["unbalanced_code_fence"] = f"… {text[-60:]!r}"
         asked = text
 
 
 # --- tokens: rendered and tokenized exactly as they will be served
 
 
-def render_answers(row: Row, tokenizer: "PreTrainedTokenizerFast") -> "list[str]":
-    """Render, for each answer, what stands in front of it, and that with answer and end token.
+def render_answer(
+    row: Row, place: int, written: str, tokenizer: "PreTrainedTokenizerFast"
+) -> "tuple[str, str]":
+    """Render what stands in front of an answer, and that with the answer and its end token.
 
-    Each text begins with the one before, or else RowError is raised: a template must write a turn
+    It must begin with what is `written`, or else RowError is raised: a template must write a turn
     once and for all.
     """
-    eos, texts, written = str(tokenizer.eos_token), list[str](), ""
-    for place in row.answers:
-        answer = row.messages[place]["content"]
-        try:
-            front = render_chat(tokenizer, row.messages[:place], answer_next=True)
-            whole = render_chat(tokenizer, row.messages[: place + 1], answer_next=False)
-        except FineTuningError as error:
-            raise RowError("template", str(error)) from error
-        if not whole.startswith(front) or not front.startswith(written):
-            hint = " (--assistant_turns last trains the last answer)" * (len(row.answers) > 1)
-            what = "the chat template writes a turn differently once more follow"
-            raise RowError("template", what + hint)
-        start = whole.find(answer, len(front))
-        if start < 0:
-            raise RowError("template", "the chat template changes the answer (it may trim it)")
-        end = whole.find(eos, start + len(answer))
-        if end < 0 and place != row.answers[-1]:
-            raise RowError("template", "the chat template ends earlier answers without end token")
-        # Behind the last answer, the end token is added where the template has none; white space
-        # at the answer's end is the answer's.
-        answered = max(start + len(answer), len(whole.rstrip()))
-        written = whole[: end + len(eos)] if end >= 0 else whole[:answered] + eos
-        texts += [front, written]
-    return texts
+    eos, answer = str(tokenizer.eos_token), row.messages[place]["content"]
+    try:
+        front = render_chat(tokenizer, row.messages[:place], answer_next=True)
+        whole = render_chat(tokenizer, row.messages[: place + 1], answer_next=False)
+    except FineTuningError as error:
+        raise RowError("template", str(error)) from error
+    if not whole.startswith(front) or not front.startswith(written):
+        hint = " (--assistant_turns last trains the last answer)" * (len(row.answers) > 1)
+        what = "the chat template writes a turn differently once more follow"
+        raise RowError("template", what + hint)
+    start = whole.find(answer, len(front))
+    if start < 0:
+        raise RowError("template", "the chat template changes the answer (it may trim it)")
+    end = whole.find(eos, start + len(answer))
+    if end >= 0:
+        return front, whole[: end + len(eos)]
+    if place != row.answers[-1]:
+        raise RowError("template", "the chat template ends earlier answers without end token")
+    # Behind the last answer, the end token is added where the template has none; white space at
+    # the answer's end is the answer's.
+    return front, whole[: max(start + len(answer), len(whole.rstrip()))] + eos
 
 
-def join_tokens(
-    row: Row, tokens: "Sequence[list[int]]", tokenizer: "PreTrainedTokenizerFast", writes_bos: bool
-) -> Example:
-    """Return a row's tokens and the spans that carry loss, proved; raise RowError otherwise.
+def tokenize_row(row: Row, tokenizer: "PreTrainedTokenizerFast") -> Example:
+    """Return the tokens of a row and the spans that carry loss; raise RowError otherwise.
 
-    `tokens` are those of its texts.
     Proved are: the tokens in front of an answer are those that chat sends; each span ends with the
-    end token and has no other; there is exactly one BOS, at the start, where the tokenizer writes
-    one.
+    end token and has no other; there is one BOS, at the start, where the tokenizer writes one.
     """
-    ids, spans, before = list[int](), [], list[int]()
+    ids, spans, written, before = list[int](), [], "", list[int]()
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
-    for number, (front, whole) in enumerate(zip(tokens[::2], tokens[1::2], strict=True)):
+    for place in row.answers:
+        front_text, written = texts = render_answer(row, place, written, tokenizer)
+        front, whole = tokenize(tokenizer, texts)
         if front[: len(before)] != before:
             raise RowError("template", "the tokenizer joins an answer with the turn that follows")
         answer = whole[len(front) :]
-        if whole[: len(front)] != front:
-            # The answer's first token would join the front's last. A tokenizer that puts a space
-            # in front of every text puts none behind a line break.
-            text = row.texts[2 * number + 1][len(row.texts[2 * number]) :]
+        if whole[: len(front)] != front:  # the answer's first token would join the front's last
+            text = written.removeprefix(front_text)
             row.notes["merged_tokens"] = shorten(text, 40)
-            for anchor in ("", "\n"):
-                first, found = encode(anchor), encode(anchor + text)
-                answer = found[len(first) :]
-                same = tokenizer.decode(front + answer) == tokenizer.decode(whole)
-                if found == first + answer and same:
-                    break
-            else:
-                raise RowError("template", "the tokenizer cannot go on from its own prompt")
+            # A tokenizer that puts a space in front of every text puts none behind a line break.
+            ways = (encode(anchor + text)[len(encode(anchor)) :] for anchor in ("", "\n"))
+            told = tokenizer.decode(whole)
+            answer = next((way for way in ways if tokenizer.decode(front + way) == told), [])
         ids += front[len(before) :]
         spans.append([len(ids), len(ids) + len(answer)])
         ids += answer
         if not front or answer.count(eos) != 1 or answer[-1] != eos:
             raise RowError("template", "an answer does not end with its one end token")
         before = whole
+    writes_bos = tokenize(tokenizer, ["a"])[0][0] == bos
     if writes_bos and (ids[0] != bos or bos in ids[1 : len(ids) if bos != eos else 2]):
         raise RowError("template", "the conversation does not begin with its one BOS token")
     return {"input_ids": ids, "spans": spans}
@@ -3427,110 +3409,90 @@ class Tally:
     found: "dict[str, list[Place]]" = field(default_factory=lambda: defaultdict(list))
     unused: "Counter[str]" = field(default_factory=Counter)  # keys
 
-    def note(self, names: "Iterable[str]", place: Place, check: str, detail: str) -> None:
-        """Count a row under names: of a check, of one of the report's lists, or both."""
-        for name in names:
+    def note(self, place: Place, check: str, detail: str, *names: str) -> None:
+        """Count a row under names: of the check, of one of the report's lists, or both."""
+        for name in names or (check,):
             self.sums[name] += 1
             if len(self.found[name]) < LISTED:
                 self.found[name].append({**place, "reason": check, "detail": detail})
 
-    def leave_out(self, row: Row, error: RowError) -> None:
-        """Count a row that is not trained, and list it."""
-        check, detail = error.args
-        kind = "rejected" if CHECKS[check][0] == "reject" else "dropped"
-        self.note([check, kind], row.place, check, detail)
 
+def encode_row(
+    row: Row, tokenizer: "PreTrainedTokenizerFast", limit: int, cut: bool, sums: "Counter[str]"
+) -> "dict[str, Any]":
+    """Return the columns of a row that fits into `limit` tokens, if need be `cut` at its end.
 
-def encode_row(row: Row, example: Example, limit: int, cut: bool, tally: Tally) -> "dict[str, Any]":
-    """Return a row's columns, if need be `cut` at `limit` tokens; rows are compared by hashes."""
+    Rows are compared by hashes: of the whole, of what stands before each answer, of words.
+    """
     from rensa import RMinHash
 
-    ids, spans, notes = example["input_ids"], example["spans"], row.notes
+    characters = [len(m["content"]) for m in row.messages]
+    if sum(characters) > limit * CHARACTERS_PER_TOKEN:
+        lost = sum(characters[place] for place in row.answers) // 4  # estimated
+        sums.update(answer_tokens=lost, lost_tokens=lost)
+        raise RowError("over_length", f"{sum(characters)} characters, far over {limit} tokens")
+    example = tokenize_row(row, tokenizer)
+    ids, spans = example["input_ids"], example["spans"]
     answered = sum(end - start for start, end in spans)
     spans = [[start, min(end, limit)] for start, end in spans if start < limit]
     kept = sum(end - start for start, end in spans) if cut or len(ids) <= limit else 0
-    tally.sums.update(answer_tokens=answered, lost_tokens=answered - kept)
-    tally.sums["longest"] = max(tally.sums["longest"], len(ids))
+    sums.update(answer_tokens=answered, lost_tokens=answered - kept)
+    sums["longest"] = max(sums["longest"], len(ids))
     if len(ids) > limit:
-        notes["over_length"] = f"{len(ids)} tokens, more than {limit}"
+        row.notes["over_length"] = f"{len(ids)} tokens, more than {limit}"
         if not kept:
-            raise RowError("over_length", notes["over_length"])
-        notes["over_length"] += f": {answered - kept} of its answers are cut off"
-    said: list[str] = []
-    asked, answers = [], []
+            raise RowError("over_length", row.notes["over_length"])
+        row.notes["over_length"] += f": {answered - kept} of its answers are cut off"
+    said, asked, replies = list[str](), list[int](), list[int]()
     for place, message in enumerate(row.messages):
         words = plain_words(message["content"])
         if place in row.answers:
             asked.append(hash_of(*said))
-            answers.append(hash_of(words))
+            replies.append(hash_of(words))
         said += [words] * (message["role"] != "system")
-    last, turns = row.answers[-1], [m for m in row.messages if m["role"] != "system"]
-    answer = row.messages[last]["content"]
-    question = "\n\n".join(m["content"] for m in row.messages[:last] if m in turns)
-    tally.sums.update(question_characters=len(question), answer_characters=len(answer))
     stems = sorted(set(STEM.findall(" ".join(said))) - STOP_STEMS)
+    *before, last = row.messages[: row.answers[-1] + 1]
     return {
-        **row.place, "question": question, "answer": answer, "input_ids": ids[:limit],
-        "spans": spans, "length": min(len(ids), limit), "answers": len(row.answers),
-        "masked": row.masked, "supervised": kept,
-        "characters": sum(len(m["content"]) for m in turns),
-        "checks": sum(BITS[check] for check in notes), "asked": asked, "answered": answers,
+        **row.place, "question": "\n\n".join(m["content"] for m in before if m["role"] != "system"),
+        "answer": last["content"], "input_ids": ids[:limit], "spans": spans,
+        "length": min(len(ids), limit), "answers": len(row.answers), "masked": row.masked,
+        "supervised": kept, "characters": sum(map(len, said)), "asked": asked,
+        "answered": replies, "checks": sum(BITS[check] for check in row.notes),
         "key": hash_of(repr(row.messages), repr(row.answers)),
         "stems": RMinHash.hash_token_sets([stems])[0],
     }  # fmt: skip
 
 
-def usable_rows(
+def encode_rows(
     file: DatasetFile, config: FineTuningConfig, base: BaseModel, limit: int, tally: Tally
-) -> "Iterator[Row]":
-    """Yield the rows that can be rendered; the others are tallied with their reasons."""
-    added = base.tokenizer.added_tokens_decoder.values()
-    marks = {*base.tokenizer.all_special_tokens, *(str(t) for t in added if t.special)}
-    special = re.compile("|".join(re.escape(m) for m in sorted(marks, key=len, reverse=True)))
+) -> "Iterator[dict[str, Any]]":
+    """Yield the columns of every row that can be trained; the others are tallied with reasons."""
+    tokenizer, cut = base.tokenizer, config.overlong == "truncate"
+    added = (str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
+    marks = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+    special = re.compile("|".join(map(re.escape, marks)))
     names = Counter(part.path.name for part in file.files)
     with progress_bar(file.size, "B", "preparing") as advance:
         for part in file.files:
             name = part.path.name if names[part.path.name] == 1 else str(part.path)
             for number, line, value in read_rows(part.path, advance):
                 place = {"file": name, "row": number, **({"line": line} if line else {})}
-                row = Row(place, str(base.tokenizer.eos_token))
+                row = Row(place, str(tokenizer.eos_token))
                 tally.sums["total"] += 1
                 try:
                     row.read(value, config.system_prompt, config.assistant_turns)
                     check_texts(row, special)
-                    characters = [len(m["content"]) for m in row.messages]
-                    if sum(characters) > limit * CHARACTERS_PER_TOKEN:
-                        lost = sum(characters[place] for place in row.answers) // 4  # estimated
-                        tally.sums.update(answer_tokens=lost, lost_tokens=lost)
-                        what = f"{sum(characters)} characters, far over {limit} tokens"
-                        raise RowError("over_length", what)
-                    row.texts = render_answers(row, base.tokenizer)
+                    columns = encode_row(row, tokenizer, limit, cut, tally.sums)
                 except RowError as error:
-                    tally.leave_out(row, error)
-                else:
-                    yield row
-
-
-def encode_rows(
-    rows: "Iterator[Row]", tokenizer: "PreTrainedTokenizerFast", limit: int, cut: bool, tally: Tally
-) -> "Iterator[dict[str, Any]]":
-    """Yield the columns of every row that can be trained, tokenized many at a time."""
-    writes_bos = tokenize(tokenizer, ["a"])[0][0] == tokenizer.bos_token_id
-    for batch in iter(lambda: list(itertools.islice(rows, 200)), []):
-        tokens = iter(tokenize(tokenizer, [text for row in batch for text in row.texts]))
-        for row in batch:
-            mine = list(itertools.islice(tokens, len(row.texts)))
-            try:
-                example = join_tokens(row, mine, tokenizer, writes_bos)
-                columns = encode_row(row, example, limit, cut, tally)
-            except RowError as error:
-                tally.leave_out(row, error)
-                continue
-            for check, detail in row.notes.items():
-                truncated = ["truncated"] * (check == "over_length")
-                tally.note([check, *truncated], row.place, check, detail)
-            tally.unused.update(row.unused)
-            yield columns
+                    check, detail = error.args
+                    kind = "rejected" if CHECKS[check][0] == "reject" else "dropped"
+                    tally.note(place, check, detail, check, kind)
+                    continue
+                for check, detail in row.notes.items():
+                    also = ["truncated"] * (check == "over_length")
+                    tally.note(place, check, detail, check, *also)
+                tally.unused.update(row.unused)
+                yield columns
 
 
 def store_rows(rows: "Iterator[dict[str, Any]]", cache: Path) -> "datasets.Dataset":
@@ -3574,22 +3536,20 @@ OUTLIER = 20  # times as many characters as half of the rows have
 MOST_CANDIDATES = 8  # earlier rows that a row is compared with
 
 
-def find_candidates(bags: "list[list[int]]") -> "Iterator[tuple[int, int]]":
-    """Yield pairs (earlier, later) of rows that share MinHash bands: at most 8 for a row.
+def find_candidates(bags: "list[list[int]]") -> "Iterable[tuple[int, int]]":
+    """Return pairs (earlier, later) of rows that share MinHash bands: at most 8 for a row.
 
     rensa's own LSH returns every pair of a set of variants; neighbours in a band are enough.
     """
     import numpy as np
     from rensa import RMinHash
 
-    filled = [row for row, bag in enumerate(bags) if bag]
-    rows, few = max(1, len(filled)), len(filled) <= 5000
-    signature = np.empty((len(filled), 2 * BANDS), np.uint64)
-    for start in range(0, len(filled), 5000):
-        part = [bags[row] for row in filled[start : start + 5000]]
+    rows, few, found = len(bags), len(bags) <= 5000, []
+    signature = np.empty((rows, 2 * BANDS), np.uint64)
+    for start in range(0, rows, 5000):
+        part = bags[start : start + 5000]
         matrix = RMinHash.digest_matrix_from_token_hash_sets(part, 2 * BANDS, 42)
         signature[start : start + 5000] = matrix.to_rows()
-    found = [np.empty(0, np.int64)]
     for band in range(BANDS):
         key = signature[:, 2 * band] << np.uint64(32) | signature[:, 2 * band + 1]
         order = np.argsort(key, kind="stable")
@@ -3598,12 +3558,10 @@ def find_candidates(bags: "list[list[int]]") -> "Iterator[tuple[int, int]]":
             found.append(order[same + distance] * rows + order[same])
     pairs, common = np.unique(np.concatenate(found), return_counts=True)
     pairs, common = pairs[common > 1 - few], common[common > 1 - few]  # of many, one is chance
-    later, taken = -1, 0
-    for pair in pairs[np.lexsort((-common, pairs // rows))].tolist():
-        taken = taken + 1 if pair // rows == later else 1
-        later = pair // rows
-        if taken <= MOST_CANDIDATES:
-            yield filled[pair % rows], filled[later]
+    pairs = pairs[np.lexsort((-common, pairs // rows))]
+    number = np.arange(len(pairs)) - np.searchsorted(pairs // rows, pairs // rows)
+    later, earlier = np.divmod(pairs[number < MOST_CANDIDATES], rows)
+    return zip(earlier.tolist(), later.tolist(), strict=True)
 
 
 def similar_pairs(stems: "list[list[int]]") -> "list[tuple[int, int, bool]]":
@@ -3616,13 +3574,12 @@ def similar_pairs(stems: "list[list[int]]") -> "list[tuple[int, int, bool]]":
     # Without frequent stems, a sentence that many rows share does not make them alike.
     most = max(50, rows // 50)
     alike: list[tuple[float, int, int, bool]] = []
-    rare = [[stem for stem in bag if frequency[stem] <= most] for bag in bags]
-    for one, two in find_candidates(rare):
+    for one, two in find_candidates([[s for s in bag if frequency[s] <= most] for bag in bags]):
         both = bags[one] & bags[two]
         shared = sum(weight[stem] for stem in both)
         similarity = shared / max(1, whole[one] + whole[two] - shared)
         if similarity >= SAME_FAMILY:
-            plain = len(both) / (len(bags[one]) + len(bags[two]) - len(both))
+            plain = len(both) / len(bags[one] | bags[two])
             near = similarity >= NEAR_DUPLICATE and plain >= NEAR_DUPLICATE_UNWEIGHTED
             alike.append((-similarity, one, two, near))
     return [(one, two, near) for _, one, two, near in sorted(alike)]
@@ -3632,20 +3589,16 @@ def join_families(
     size: int, always: "Iterable[Sequence[int]]", alike: "Iterable[Sequence[int]]"
 ) -> "list[int]":
     """Return for each row the first of its family; pairs of `alike` join while that stays small."""
-    parent, members = list(range(size)), [1] * size
-
-    def first_of(row: int) -> int:
-        while parent[row] != row:
-            parent[row] = row = parent[parent[row]]
-        return row
-
+    family, members = list(range(size)), [[row] for row in range(size)]
     for pairs, largest in ((always, size), (alike, LARGEST_FAMILY)):
         for one, other in pairs:
-            first, second = sorted((first_of(one), first_of(other)))
-            if first != second and members[first] + members[second] <= largest:
-                parent[second] = first
+            first, second = sorted((family[one], family[other]))
+            if first != second and len(members[first]) + len(members[second]) <= largest:
+                for row in members[second]:
+                    family[row] = first
                 members[first] += members[second]
-    return [first_of(row) for row in range(size)]
+                members[second] = []
+    return family
 
 
 def place_of(table: "datasets.Dataset", row: int) -> Place:
@@ -3684,8 +3637,7 @@ def relate_rows(
     stems = column("stems").combine_chunks()
     step = max(1000, STEMS_AT_ONCE * len(table) // max(1, len(stems.flatten())))
     if step < len(kept):
-        log.info("  near duplicates are looked for among %d rows at a time; further apart,", step)
-        log.info("  only rows that ask the same are kept on one side of the split")
+        log.info("  near duplicates are looked for among %d rows at a time", step)
     for start in range(0, len(kept), step):
         block = kept[start : start + step]
         for one, two, is_near in similar_pairs(stems.take(block).to_pylist()):
@@ -3706,7 +3658,7 @@ def relate_rows(
             checks[row] |= np.uint64(BITS[check])
             here, there = shorten(answers[row].as_py(), 50), shorten(answers[before].as_py(), 50)
             detail = how.format(column("row")[before].as_py(), here, there)
-            tally.note((check,), place_of(table, row), check, detail)
+            tally.note(place_of(table, row), check, detail)
     return checks, join_families(len(table), together, alike)
 
 
@@ -3728,46 +3680,44 @@ def choose_sides(
         what = "All usable rows are versions of one question: none can be held out for evaluation."
         raise FineTuningError(what, TWO_NEEDED)
     order = sorted(members, key=lambda family: hash_of(str(seed), str(keys[family])))
-
-    def take_families(most: float, largest: float) -> "list[int]":
-        taken: list[int] = []
-        for family in [name for name in order if name in members]:
-            if len(members[family]) <= min(largest, most - len(taken)):
-                taken += members.pop(family)
-        return taken
-
     trained = members.pop(max(order, key=lambda family: len(members[family])))
-    most = max(1, round(held * rows))
-    held_out = take_families(most, max(10, most / 2))
-    if not held_out:
-        held_out = members.pop(min(members, key=lambda family: len(members[family])))
-    most = rows if train + held > 1 - 1e-9 else round(train * rows)
-    return sorted(trained + take_families(most - len(trained), rows)), sorted(held_out)
+    held_out, most = list[int](), max(1, round(held * rows))
+    rest = rows if train + held > 1 - 1e-9 else round(train * rows)
+    for side, size, largest in (held_out, most, max(10, most / 2)), (trained, rest, rows):
+        for family in order:
+            if family in members and len(members[family]) <= min(largest, size - len(side)):
+                side += members.pop(family)
+        if not held_out:
+            held_out += members.pop(min(members, key=lambda family: len(members[family])))
+    return sorted(trained), sorted(held_out)
 
 
 def build_report(tally: Tally, table: "datasets.Dataset", kept: "numpy.ndarray") -> QualityReport:
     """Sum up what the checks have found."""
-    sums, lists = tally.sums, tally.found
+    from pyarrow import compute
+
+    sums, lists, column = tally.sums, tally.found, table.data.column
     total, valid = sums["total"], sums["total"] - sums["rejected"]
+    sums["unused_keys"] = max(tally.unused.values(), default=0)
     details = {
         name: {
-            "count": sums[name], "action": CHECKS[name][0], "meaning": CHECKS[name][1],
-            "rows": [f["row"] for f in lists[name][:NOTED] if f], "examples": lists[name][:SHOWN],
+            "count": sums[name], "action": action, "meaning": meaning,
+            "rows": [f["row"] for f in lists[name][:NOTED]], "examples": lists[name][:SHOWN],
         }
-        for name in sorted(CHECKS, key=lambda name: -sums[name])
+        for name, (action, meaning) in sorted(CHECKS.items(), key=lambda item: -sums[item[0]])
         if sums[name]
     }  # fmt: skip
     if tally.unused:
         shown = [f"{key} ({count} rows)" for key, count in tally.unused.most_common()]
         details["unused_keys"]["examples"] = [{"detail": text} for text in shown]
-    names = ("answers", "masked", "supervised", "length")
-    columns = (table.data.column(name).to_numpy()[kept] for name in names)
-    answers, masked, supervised, length = (int(column.sum()) for column in columns)
+    names = "answers", "masked", "supervised", "length"
+    answers, masked, supervised, length = (int(column(n).to_numpy()[kept].sum()) for n in names)
+    means = (compute.mean(compute.utf8_length(column(n))).as_py() for n in ("question", "answer"))
+    asked, answered = (round(mean or 0, 2) for mean in means)
     return QualityReport(
         total_examples=total, valid_examples=valid, quality_score=round(valid / max(1, total), 6),
         empty_instructions=sums["empty_instruction"], empty_outputs=sums["empty_output"],
-        avg_instruction_length=round(sums["question_characters"] / max(1, len(table)), 2),
-        avg_output_length=round(sums["answer_characters"] / max(1, len(table)), 2),
+        avg_instruction_length=asked, avg_output_length=answered,
         checks={name: sums[name] for name in CHECKS}, check_details=details,
         answers=answers, masked_answers=masked, supervised_tokens=supervised,
         unsupervised_tokens=length - supervised, lost_answer_tokens=sums["lost_tokens"],
@@ -3809,8 +3759,7 @@ def pass_gates(
     """Stop where nothing is usable; ask where too little is, or where too much would be lost."""
     total, valid, score = report.total_examples, report.valid_examples, report.quality_score
     if not total:
-        hint = "It must be an array of rows, or one row per line."
-        raise FineTuningError("The data set holds no rows.", hint)
+        raise FineTuningError("The data set holds no rows.", TWO_NEEDED)
     shown = ""
     for entry in report.rejected[:5]:
         line = f" (line {entry['line']})" if "line" in entry else ""
@@ -3842,20 +3791,16 @@ def prepare_dataset(file: DatasetFile, config: FineTuningConfig) -> PreparedData
         what = "  max_seq_length %d is more than the model's %d positions: %d is used"
         log.warning(what, config.max_seq_length, limit, limit)
     try:
-        rows = usable_rows(file, config, base, limit, tally)
-        cut = config.overlong == "truncate"
-        table = store_rows(encode_rows(rows, tokenizer, limit, cut, tally), cache)
+        table = store_rows(encode_rows(file, config, base, limit, tally), cache)
     except OSError as error:
         raise disk_error(error, cache, "--cache_dir") or error from error
-    if tally.unused:
-        tally.sums["unused_keys"] = max(tally.unused.values())
     checks, families = relate_rows(table, tally, config.keep_duplicates)
-    unwanted = {check: BITS[check] for check in ("exact_duplicate", *config.drop_checks)}
-    left_out = np.flatnonzero(checks & np.uint64(sum(unwanted.values())))
-    for row in left_out.tolist():
-        check = next(name for name, bit in unwanted.items() if int(checks[row]) & bit)
-        tally.note(("dropped",), place_of(table, row), check, CHECKS[check][1])
-    kept = np.delete(np.arange(len(table)), left_out)
+    left_out = np.zeros(len(table), bool)
+    for check in ("exact_duplicate", *config.drop_checks):
+        for row in np.flatnonzero((checks & np.uint64(BITS[check]) != 0) & ~left_out).tolist():
+            left_out[row] = True
+            tally.note(place_of(table, row), check, CHECKS[check][1], "dropped")
+    kept = np.flatnonzero(~left_out)
     report = build_report(tally, table, kept)
     path = publish_report(report, Path(config.output_dir), Path(config.log_dir))
     lost = report.lost_answer_tokens / max(1, tally.sums["answer_tokens"])

@@ -68,7 +68,7 @@ WARNED = [  # a row, and what it is warned about; None: it is trained as it is, 
     ({"output": "B.", "images": ["a.jpg"]}, "images unused_keys"),
     ({"instruction": "<image> What is it?", "output": "A heron."}, "images"),
     ({"output": "B.", "label": False}, "negative_label"),
-    (chat("Tide?", "Let me look.", tool_calls=[{"id": "a"}]), "tool_calls"),
+    (chat("Tide?", "Let me look.", tool_calls=[{"id": "a"}]), "tool_calls unused_keys"),
     (chat("add capitals: we left early", "We left early."), None),
     (chat("set it twice as deep as it is tall", "Set it, twice as deep, as it is tall."), None),
     (chat("select a,b from t where c=1", "SELECT a, b\nFROM t\nWHERE c = 1"), None),
@@ -117,21 +117,9 @@ def test_a_doubtful_row_is_trained_with_a_warning(
     answer = row["messages"][1]["content"] if "messages" in row else row["output"]
     if not names & {"control_characters", "appended_end_token"}:
         assert all_rows(data)[30]["answer"] == answer
-    drop = sorted(names & set(program.WARNING_CHECKS))
-    assert len(all_rows(prepare.rows([*filler(30), row], drop_checks=tuple(drop)))) == 31 - bool(
-        drop
-    )
-
-
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(prepare: Preparer) -> None:
-    from tokenizers import AddedToken, Tokenizer
-
-    model = Path(shutil.copytree(prepare.model, prepare.folder / "extra"))
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    tokenizer.add_tokens([AddedToken("[TIDE]", normalized=False)])
-    tokenizer.save(str(model / "tokenizer.json"))
-    with pytest.raises(program.FineTuningError, match=r"\d+ tokens, the model only \d+ embed"):
-        Preparer(prepare.folder, model).rows(filler(4))
+    drop = tuple(names & set(program.WARNING_CHECKS))
+    if drop:
+        assert len(all_rows(prepare.rows([*filler(30), row], drop_checks=drop))) == 30
 
 
 def test_a_key_that_stands_twice_and_unused_keys_are_told(prepare: Preparer) -> None:
