@@ -82,6 +82,7 @@ import typing
 import unicodedata
 import urllib.parse
 import urllib.request
+import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,17 +90,49 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, TypeVar
 
+
+class Lazy:
+    """Stand for a package that is imported where it is first used: --help needs none of them."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __getattr__(self, name: str) -> Any:
+        package = importlib.import_module(self.name)
+        if not hasattr(package, name):
+            importlib.import_module(f"{self.name}.{name}")
+        return getattr(package, name)
+
+
 if TYPE_CHECKING:
+    import accelerate.data_loader
+    import botocore
     import datasets
+    import filelock
     import gguf
-    import numpy
+    import huggingface_hub.errors
+    import jinja2
+    import matplotlib.figure
+    import numpy as np
+    import peft
+    import psutil
+    import pyarrow
+    import rensa
+    import safetensors.torch
     import torch
-    from filelock import BaseFileLock
+    import tqdm
+    import transformers
+    import trl
+    import urllib3
     from peft import PeftModel
-    from peft.tuners import lora
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
-    from trl import SFTTrainer
+else:
+    LAZY = (
+        "accelerate botocore datasets filelock gguf huggingface_hub jinja2 matplotlib peft psutil"
+    )
+    LAZY += " pyarrow rensa safetensors torch tqdm transformers trl urllib3"
+    globals().update({name: Lazy(name) for name in LAZY.split()}, np=Lazy("numpy"))
 
 __version__ = "2.0.0"
 
@@ -275,6 +308,8 @@ def parse_text(value: object, rules: "Mapping[str, Any]") -> str:
     if not isinstance(value, str) or "\0" in value:
         raise ValueError("must be text")
     if rules.get("path"):
+        if any(len(os.fsencode(part)) > 255 for part in Path(value).parts):
+            raise ValueError("has a name of more than 255 bytes")
         try:
             return str(Path(value).expanduser()) if value.startswith("~") else value
         except RuntimeError:
@@ -377,13 +412,13 @@ def build_record(record: "type[T]", given: Sequence[Given], problems: "list[str]
 def read_config_file(path: Path, problems: "list[str]") -> "list[Given]":
     """Read settings from a JSON or YAML file, such as an earlier training_config.json."""
     parse: Callable[[str], Any] = json.loads
-    faults: tuple[type[Exception], ...] = (OSError, ValueError, RecursionError)
+    faults: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError)
     try:
         if path.suffix.lower() in (".yaml", ".yml"):
             import yaml
 
             parse, faults = yaml.safe_load, (*faults, yaml.YAMLError)
-        content = parse(path.read_text(encoding="utf-8-sig")) or {}
+        content = parse(path.expanduser().read_text(encoding="utf-8-sig")) or {}
         if not isinstance(content, dict):
             raise ValueError("it must hold one object of settings")
         # training_config.json carries facts about its run beside the settings.
@@ -480,12 +515,42 @@ def start_logging(folder: Path, *, verbose: bool) -> Path:
     return path
 
 
-def quiet_libraries() -> None:
-    """Send what transformers says to the log file."""
-    from transformers.utils import logging as transformers_logging
+def adapt_old_packages() -> None:
+    """Give the packages of Intel Macs (torch 2.2, transformers 4) what the newer ones have."""
+    if transformers.__version__.startswith("4."):
+        transformers.trainer.check_torch_load_is_safe = lambda: (
+            None
+        )  # `train` reads no file of the unsafe kind
+        model, config = (
+            typing.cast("Any", transformers.PreTrainedModel),
+            typing.cast("Any", transformers.PretrainedConfig),
+        )
+        model.activation_checkpointing_enable = (
+            transformers.PreTrainedModel.gradient_checkpointing_enable
+        )
 
-    transformers_logging.disable_default_handler()
-    transformers_logging.enable_propagation()
+        def rope(self: Any) -> "dict[str, Any]":
+            return {
+                "rope_theta": self.rope_theta,
+                "rope_type": "default",
+                **(self.rope_scaling or {}),
+            }
+
+        config.rope_parameters = property(rope)
+
+
+def quiet_libraries() -> None:
+    """Import the large libraries, and send what transformers says to the log file."""
+    try:
+        log.debug("torch %s, transformers %s", torch.__version__, transformers.__version__)
+    except (ImportError, OSError, RuntimeError, ValueError, LookupError, AttributeError) as error:
+        stop.raise_if_asked()  # an import makes an ImportError of a signal
+        what = f"PyTorch or transformers cannot be imported: {shorten(str(error), 300)}"
+        hint = "A variable of theirs may be wrong (HF_..., TORCH_...); if not, install them again."
+        raise FineTuningError(what, hint) from error
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
+    adapt_old_packages()
 
 
 def write_out(text: str) -> None:
@@ -556,8 +621,6 @@ def progress_bar(
 
     `unit` is a plural, or "B". Gives `advance(count=1, note="")`; the note stands beside the bar.
     """
-    from tqdm import tqdm
-
     look: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True, "leave": False}
     terminal = is_main_process() and sys.stderr.isatty()
     if not terminal:
@@ -565,7 +628,7 @@ def progress_bar(
         look = {"file": io.StringIO(), "bar_format": line + " left{postfix}"}
         look |= {"mininterval": 5, "miniters": 1}
     look |= {"unit": unit if unit == "B" else " " + unit, "unit_scale": unit == "B"}
-    with tqdm(total=total, initial=initial, desc="  " + description, **look) as bar:
+    with tqdm.tqdm(total=total, initial=initial, desc="  " + description, **look) as bar:
 
         def advance(count: int = 1, note: str = "") -> None:
             if note:
@@ -648,17 +711,14 @@ def once_for_all(work: "Callable[[], T]") -> "T":
     """Do something in the main process only, and give its result, or its error, to all of them."""
     if process_count() == 1:
         return work()
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    PartialState()
+    accelerate.PartialState()
     outcome: list[Any] = [None, None]
     if is_main_process():
         try:
             outcome[0] = work()
         except FineTuningError as error:
             outcome[1] = error
-    broadcast_object_list(outcome)
+    accelerate.utils.broadcast_object_list(outcome)
     if outcome[1]:
         raise outcome[1]
     return typing.cast("T", outcome[0])
@@ -682,24 +742,26 @@ def existing_parent(path: Path) -> Path:
     return next(p for p in places if os.path.exists(p))  # noqa: PTH110 - Path's raises
 
 
-def disk_error(error: Exception, place: Path, flag: str) -> "FineTuningError | None":
-    """Put a failed write into words; None where the disk is not at fault."""
-    if isinstance(error, FineTuningError):
-        return error
-    said = getattr(error, "strerror", None) or first_line(error)
-    if re.search("PytorchStreamWriter|inline_container|iostream", said):  # PyTorch's words for it
-        said = "I/O error, a file was written only in part"
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    with contextlib.suppress(OSError):  # libraries say only that a write came out short
-        full = full or shutil.disk_usage(existing_parent(place)).free < 1_000_000
-    hint = f"Check the disk and its permissions, or choose another place with {flag}."
-    if full:
-        said = "the disk (or your quota) is full"
-        hint = f"Free some space, or take another disk with {flag}; then run the same command"
-        hint += " again. What was finished before is untouched."
-    elif not isinstance(error, OSError) and not re.search("os error|I/O error", said):
-        return None
-    return FineTuningError(f"{place} cannot be written: {said}.", hint)
+@contextlib.contextmanager
+def disk_errors(place: Path, flag: str) -> Iterator[None]:
+    """Put failed writes to `place`, which `flag` chooses, into words."""
+    try:
+        yield
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        said = getattr(error, "strerror", None) or first_line(error)
+        if re.search("PytorchStreamWriter|inline_container|iostream", said):  # PyTorch's words
+            said = "I/O error, a file was written only in part"
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        with contextlib.suppress(OSError):  # libraries say only that a write came out short
+            full = full or shutil.disk_usage(existing_parent(place)).free < 1_000_000
+        hint = f"Check the disk and its permissions, or choose another place with {flag}."
+        if full:
+            said = "the disk (or your quota) is full"
+            hint = f"Free some space, or take another disk with {flag}; then run the same command"
+            hint += " again. What was finished before is untouched."
+        elif not isinstance(error, OSError) and not re.search("os error|I/O error", said):
+            raise
+        raise FineTuningError(f"{place} cannot be written: {said}.", hint) from error
 
 
 def check_space(place: Path, need: float, flag: str) -> None:
@@ -764,17 +826,14 @@ def publish_files(staged: Path, folder: Path, names: Sequence[str]) -> None:
 @contextlib.contextmanager
 def staging_folder(final: Path, flag: str, mark: str = "") -> Iterator[Path]:
     """Give a hidden folder beside `final` to fill; whatever happens, it is gone afterwards."""
-    from safetensors import SafetensorError
-
     staged = final.with_name(f".staging-{mark}{final.name}")
-    try:
-        shutil.rmtree(staged, ignore_errors=True)  # left by a run that was killed
-        staged.mkdir(parents=True)
-        yield staged
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise disk_error(error, final, flag) or error from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    with disk_errors(final, flag):
+        try:
+            shutil.rmtree(staged, ignore_errors=True)  # left by a run that was killed
+            staged.mkdir(parents=True)
+            yield staged
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
 
 
 def write_whole(path: Path, content: object, flag: str) -> None:
@@ -840,15 +899,13 @@ def clear_staging(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def lock(path: Path, taken: FineTuningError, *, wait: bool = False) -> "BaseFileLock":
+def lock(path: Path, taken: FineTuningError, *, wait: bool = False) -> "filelock.BaseFileLock":
     """Lock a file until the process ends; raise `taken` if another has it, or say so and wait."""
-    from filelock import FileLock, Timeout
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(path, timeout=0)
+    held = filelock.FileLock(path, timeout=0)
     try:
         held.acquire()
-    except Timeout as error:
+    except filelock.Timeout as error:
         if not wait:
             raise taken from error
         log.info("  %s", taken)
@@ -1039,16 +1096,17 @@ def find_base_folder(model_name: str) -> Path:
     folder = Path(model_name)
     if folder.is_dir():
         return folder.resolve()
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    http = sys.modules[HfHubHTTPError.__bases__[0].__module__.split(".")[0]]  # requests, httpx(2)
+    http = sys.modules[
+        huggingface_hub.errors.HfHubHTTPError.__bases__[0].__module__.split(".")[0]
+    ]  # requests, httpx(2)
     # No network, a refusal, odd proxies and addresses, pages that only look like an answer.
     trouble = (
         OSError, RuntimeError, ImportError, ValueError, LookupError, TypeError, AttributeError,
         AssertionError, http.HTTPError, getattr(http, "InvalidURL", ValueError),
     )  # fmt: skip
-    cache = Path(constants.HF_HUB_CACHE) / ("models--" + model_name.replace("/", "--"))
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE) / (
+        "models--" + model_name.replace("/", "--")
+    )
     latest = [path.read_text().strip() for path in cache.glob("refs/main")]
     whole = [path for path in cache.glob("snapshots/*") if not model_problem(path)]
     whole.sort(key=lambda path: (path.name not in latest, -path.stat().st_mtime))
@@ -1060,7 +1118,11 @@ def find_base_folder(model_name: str) -> Path:
     names = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
     others = ["*/*", "consolidated*"]  # the same weights in other formats
     try:
-        return Path(snapshot_download(model_name, allow_patterns=names, ignore_patterns=others))
+        return Path(
+            huggingface_hub.snapshot_download(
+                model_name, allow_patterns=names, ignore_patterns=others
+            )
+        )
     except trouble as error:
         said = shorten(str(error) or type(error).__name__, 300)
         if whole:
@@ -1082,26 +1144,35 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def load_model(folder: Path, **options: Any) -> Any:
     """Let transformers load a folder's model: no pickles, no code of its own, nothing fetched."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
     wrong: Any = (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError)
     wrong += (ArithmeticError, AssertionError)  # sizes of zero, a pad token that is not there
     safe = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, **safe, **options)
-    except (*wrong, StrictDataclassError, SafetensorError) as error:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, **safe, **options)
+    except (
+        *wrong,
+        huggingface_hub.errors.StrictDataclassError,
+        safetensors.SafetensorError,
+    ) as error:
         if is_out_of_memory(error):
             raise
         what = f"The base model in {folder} cannot be loaded: {shorten(str(error), 300)}"
         raise FineTuningError(what, GET_MODEL_AGAIN) from error
 
 
+def rounded_tensors(folder: Path) -> "list[str]":
+    """Name the weights whose numbers are not of 16, 32 or 64 bits and a floating point."""
+    found = []
+    for path in (folder / name for name in weight_files(folder)):
+        with safetensors.safe_open(path, framework="pt") as file:
+            kinds = {n: file.get_slice(n).get_dtype() for n in file.keys()}  # noqa: SIM118
+        odd = [n for n, kind in kinds.items() if kind not in ("F64", "F32", "F16", "BF16")]
+        found += [name for name in odd if name.endswith(".weight")]
+    return found
+
+
 def read_empty_model(folder: Path) -> "PreTrainedModel":
     """Return the model without its numbers, after comparing its tensors with those of the files."""
-    import torch
-
     how: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, found = load_model(folder, device_map="meta", dtype=torch.float32, **how)
     # Old checkpoints keep what is computed today.
@@ -1110,6 +1181,7 @@ def read_empty_model(folder: Path) -> "PreTrainedModel":
         (found["missing_keys"], "its files lack {}, and random numbers would take its place"),
         ([k[0] for k in found["mismatched_keys"]], "{} has another shape than config.json says"),
         (surplus, "its files hold {}, which config.json does not"),
+        (rounded_tensors(folder), "{} are whole numbers or of 8 bits, which nothing here reads"),
     ):
         if names:
             told = what.format(shorten(", ".join(sorted(names)), 200))
@@ -1129,15 +1201,13 @@ DEFAULT_CHAT_TEMPLATE = (
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     """Load a folder's tokenizer as llama.cpp will see it."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     try:
         # transformers 5's AutoTokenizer rebuilds Llama's, and then splits the text after </s> anew.
         if (folder / "tokenizer.json").is_file():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
             raise ValueError("it exists in Python only, not as a tokenizer.json")
         if tokenizer.eos_token_id is None:
             raise ValueError("it has no eos_token, so no model could learn where an answer ends")
@@ -1173,8 +1243,6 @@ def measure_base_model(model_name: str) -> BaseModel:
     if problem:
         hint = "Mend it, or choose another base model with --model_name."
         raise FineTuningError(f"The base model folder {folder} {problem}.", hint)
-    import torch
-
     model, tokenizer = read_empty_model(folder), load_tokenizer(folder)
     rows = len(typing.cast("Any", model.get_input_embeddings()).weight)
     tokens = max(tokenizer.get_vocab().values()) + 1
@@ -1229,13 +1297,11 @@ def render_chat(
     tokenizer: "PreTrainedTokenizerFast", messages: Messages, *, answer_next: bool
 ) -> str:
     """Render messages with the chat template: the text that is served."""
-    from jinja2.exceptions import TemplateError
-
     how: dict[str, Any] = {"tokenize": False, "add_generation_prompt": answer_next}
     odd = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
     try:
         return str(tokenizer.apply_chat_template([dict(m) for m in messages], **how))
-    except (TemplateError, *odd) as error:
+    except (jinja2.exceptions.TemplateError, *odd) as error:
         what = f"The model's chat template refuses these messages: {first_line(error)}"
         hint = "Some templates take no system message, or only alternating turns."
         raise FineTuningError(what, hint) from error
@@ -1271,12 +1337,9 @@ def decode(tokenizer: "PreTrainedTokenizerFast", ids: "Sequence[int]") -> str:
 
 def load_base_model(base: BaseModel, device: str, dtype: str) -> "PreTrainedModel":
     """Load the frozen base model. Its own generation_config.json has no say in any answer."""
-    import torch
-    from transformers import GenerationConfig
-
     how = {"dtype": getattr(torch, dtype), "device_map": None if device == "cpu" else {"": device}}
     model = load_model(base.folder, attn_implementation="sdpa", **how)
-    model.generation_config = GenerationConfig()
+    model.generation_config = transformers.GenerationConfig()
     return typing.cast("PreTrainedModel", model.eval())
 
 
@@ -1293,8 +1356,6 @@ def memory_in_words(what: str, hint: str) -> Iterator[None]:
 
 def empty_device_cache(device: str) -> None:
     """Give back what PyTorch keeps of the device's memory for later tensors."""
-    import torch
-
     if not device.startswith("cpu"):
         getattr(torch, device.partition(":")[0]).empty_cache()
 
@@ -1342,9 +1403,6 @@ def generate(
     An answer ends at the tokenizer's end token or after `max_new_tokens`. `on_text` gets the text
     of a single prompt's answer as it comes. `sampling`: top_p, top_k and repetition_penalty.
     """
-    import torch
-    from transformers import GenerationConfig
-
     settings: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
     settings["repetition_penalty"] = float(sampling.pop("repetition_penalty", 1))
     settings |= {"temperature": float(temperature), **sampling} if temperature > 0 else {}
@@ -1356,7 +1414,9 @@ def generate(
     output = typing.cast("Any", model).generate(
         input_ids=torch.tensor(padded, device=device),
         attention_mask=torch.tensor(mask, device=device),
-        generation_config=GenerationConfig(eos_token_id=end, pad_token_id=pad, **settings),
+        generation_config=transformers.GenerationConfig(
+            eos_token_id=end, pad_token_id=pad, **settings
+        ),
         streamer=AnswerStream(tokenizer, on_text) if on_text else None,
     )
     answers = []
@@ -1435,8 +1495,6 @@ def lay_out(
 
     `fill` (as MPS wants it) rounds all sizes up to BUCKETS.
     """
-    import torch
-
     # Nothing follows the last supervised token, so that it is never an input.
     inputs = [e["input_ids"][: e["spans"][-1][1] - 1] for e in examples]
     fill = device.startswith("mps") if fill is None else fill
@@ -1486,7 +1544,6 @@ def product(a: "Tensor", b: "Tensor") -> "Tensor":
 @functools.cache
 def engine_functions() -> "tuple[Callable[..., Tensor], Callable[..., Tensor]]":
     """Build Select and LoraLinear (torch is imported only where it is needed)."""
-    import torch
 
     class Select(torch.autograd.Function):
         """source.index_select(0, index): each row first at `back`, and once more at `again`."""
@@ -1540,8 +1597,6 @@ def packed_attention(
     `given` are queries [1, heads, tokens, head_dim], keys, values (perhaps of fewer heads) and no
     mask: padding stands behind each row's tokens, where the causal mask hides it.
     """
-    import torch
-
     select, (rows, width) = engine_functions()[0], (layout.rows, layout.width)
 
     def to_rows(packed: "Tensor") -> "Tensor":
@@ -1562,10 +1617,10 @@ def packed_attention(
         scores = torch.baddbmm(causal[None], queries, keys.transpose(1, 2), alpha=scaling)
         mixed = torch.bmm(scores.softmax(-1), values).view(q.shape)
     else:
-        if not on_cpu and groups > 1:  # not every kernel of a GPU takes groups
+        if groups > 1:  # not every kernel takes groups
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         attend = torch.nn.functional.scaled_dot_product_attention
-        mixed = attend(q, k, v, is_causal=True, scale=scaling, enable_gqa=on_cpu)
+        mixed = attend(q, k, v, is_causal=True, scale=scaling)
     cells = mixed.transpose(1, 2).reshape(rows * width, heads * size)
     return select(cells, layout.scatter).view(1, -1, heads, size), None
 
@@ -1578,8 +1633,6 @@ def head_loss(
     The gradient of its input is known as soon as the logits are: probabilities minus targets, times
     the weight. Nothing of vocabulary size outlives a slice.
     """
-    import torch
-
     slices = math.ceil(len(targets) / HEAD_CHUNK)  # even ones: small ones are slow
     total, gradients = torch.zeros((), device=hidden.device), []
     weighed = [None] * slices if weights is None else weights[:, None].chunk(slices)
@@ -1603,8 +1656,6 @@ def head_loss(
 
 def dropout_mask(shape: "torch.Size", share: float, device: Any, seed: int) -> "Tensor":
     """Draw a mask of ones with a `share` of zeros (on the CPU to 1 part in 65,536) by the seed."""
-    import torch
-
     source = torch.Generator(device).manual_seed(seed)
     if device.type != "cpu":
         return torch.rand(shape, generator=source, device=device) >= share
@@ -1614,7 +1665,9 @@ def dropout_mask(shape: "torch.Size", share: float, device: Any, seed: int) -> "
     return (halves >= round(share * 65536) - 32768).view(shape)
 
 
-def lora_forward(module: "lora.Linear", number: int, base: Any, x: "Tensor") -> "Tensor":
+def lora_forward(
+    module: "peft.tuners.lora.Linear", number: int, base: Any, x: "Tensor"
+) -> "Tensor":
     """Run one adapted layer through LoraLinear; disabled or merged adapters go PEFT's own way."""
     if module.disable_adapters or module.merged:
         return type(module).forward(module, x)
@@ -1642,11 +1695,7 @@ def base_of(model: "PeftModel") -> "PreTrainedModel":
 
 def install_engine(model: "PeftModel") -> None:
     """Let attention, adapters and frozen layers run as above (outside of passes, as ever)."""
-    import torch
-    from peft.tuners import lora
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, packed_attention)
+    transformers.AttentionInterface.register(ATTENTION, packed_attention)
     base: Any = base_of(model)
     base.set_attn_implementation(ATTENTION)
     base.layers_run = torch.zeros((), dtype=torch.int64, device=base.device)
@@ -1654,7 +1703,7 @@ def install_engine(model: "PeftModel") -> None:
         layer.register_forward_pre_hook(lambda *_: (base.layers_run.add_(1), None)[1])
     for number, module in enumerate(model.modules()):
         # An attribute of the instance wins over the method of its class.
-        if isinstance(module, lora.Linear):
+        if isinstance(module, peft.tuners.lora.Linear):
             vars(module)["forward"] = functools.partial(lora_forward, module, number, base)
         elif isinstance(module, torch.nn.Linear):
             vars(module)["forward"] = functools.partial(flat_forward, module)
@@ -1687,34 +1736,28 @@ def keep_freed_memory() -> None:
 
 def add_adapter(model: "PreTrainedModel", base: BaseModel, seed: int, **shape: Any) -> "PeftModel":
     """Freeze the model and give it a fresh adapter in fp32 (`shape` as LoraConfig takes it)."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import set_seed
-
-    set_seed(seed)
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **shape))
+    transformers.set_seed(seed)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **shape))
     adapted.peft_config["default"].base_model_name_or_path = base.name
     return adapted
 
 
 def adapter_weights(model: "PeftModel") -> "dict[str, Tensor]":
     """Return a copy of the adapter's weights on the CPU, under PEFT's file names."""
-    from peft import get_peft_model_state_dict
-
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)  # "auto" asks the hub
+    state = peft.get_peft_model_state_dict(
+        model, save_embedding_layers=False
+    )  # "auto" asks the hub
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
 
 
 def load_adapter_weights(model: "PeftModel", weights: "Mapping[str, Tensor] | Path") -> None:
     """Put an adapter's weights, or those of its file, into the model; they must fit it."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    given = load_file(weights) if isinstance(weights, Path) else dict(weights)
+    given = safetensors.torch.load_file(weights) if isinstance(weights, Path) else dict(weights)
     theirs, ours = ({n: v.shape for n, v in w.items()} for w in (given, adapter_weights(model)))
     if theirs != ours:
         hint = "Rank, target modules and base model must be those it was trained with."
         raise FineTuningError("The adapter's weights do not fit the model's names or shapes.", hint)
-    set_peft_model_state_dict(model, given)
+    peft.set_peft_model_state_dict(model, given)
 
 
 def pass_loss(model: "PeftModel", layout: Pass) -> "Tensor":
@@ -1734,8 +1777,6 @@ def evaluation_budget(budget: int, device: str) -> int:
 
 def mean_loss(model: "PeftModel", examples: "datasets.Dataset", budget: int, device: str) -> float:
     """Return the mean cross-entropy over all supervised tokens; halve passes if memory runs out."""
-    import torch
-
     model.eval()
     total, count, passes = 0.0, 0, plan_passes(list(examples["length"]), budget)
     try:
@@ -1759,8 +1800,6 @@ def prove_engine(model: "PeftModel", examples: "datasets.Dataset", device: str) 
 
     Proven on two short rows and a long one; with random numbers, as a fresh adapter is idle.
     """
-    import torch
-
     lengths = list(examples["length"])
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     long = [i for i in order if lengths[i] > LONGEST_MATH_ROW + 1]
@@ -1817,8 +1856,6 @@ class AdapterFolder:
 
 def weights_problem(path: Path) -> "str | None":
     """Return what keeps a file from being the adapter that was saved, all of it finite numbers."""
-    from safetensors import SafetensorError, safe_open
-
     written = None
     if not path.is_file():
         return f"{path.name} is missing (weights are never read from pickles)"
@@ -1827,11 +1864,11 @@ def weights_problem(path: Path) -> "str | None":
     try:
         if written and sha256_of(path) != written:
             return f"{path.name} is not the file that training saved (SHA-256 in {METRICS_FILE})"
-        with safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - no dictionary
                 if not file.get_tensor(name).isfinite().all():
                     return f"{path.name} holds NaN or infinite numbers ({name})"
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         return f"{path.name} is damaged: {first_line(error)}"
     return None
 
@@ -1866,15 +1903,12 @@ def open_adapter(folder: Path) -> AdapterFolder:
 
 def attach_adapter(model: "PreTrainedModel", adapter: AdapterFolder, device: str) -> "PeftModel":
     """Put the adapter on its base model; raise FineTuningError where the two do not fit."""
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
-
     # Elsewhere low_cpu_mem_usage would round the weights to the base's dtype (PEFT 0.21).
     how: Any = {"torch_device": device, "low_cpu_mem_usage": model.device.type == "meta"}
     try:
-        tuned = PeftModel.from_pretrained(model, str(adapter.path), **how)
-        with safe_open(adapter.weights, framework="pt") as file:
-            known = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+        tuned = peft.PeftModel.from_pretrained(model, str(adapter.path), **how)
+        with safetensors.safe_open(adapter.weights, framework="pt") as file:
+            known = peft.get_peft_model_state_dict(tuned, save_embedding_layers=False)
             different = set(file.keys()) ^ set(known)
         if different:
             raise ValueError(f"{len(different)} tensors have no counterpart ({min(different)})")
@@ -1965,11 +1999,12 @@ ANSWERS = (
 @contextlib.contextmanager
 def bucket_errors(client: Any, bucket: str) -> Iterator[None]:
     """Say in words what came in place of an answer, and which setting to change."""
-    from botocore.exceptions import BotoCoreError, ClientError
-    from botocore.parsers import ResponseParserError
-    from urllib3.exceptions import HTTPError
-
-    foreign = (BotoCoreError, ClientError, ResponseParserError, HTTPError)
+    foreign = (
+        botocore.exceptions.BotoCoreError,
+        botocore.exceptions.ClientError,
+        botocore.parsers.ResponseParserError,
+        urllib3.exceptions.HTTPError,
+    )
     try:
         yield
     except (*foreign, LookupError, ValueError, OSError) as error:
@@ -1978,7 +2013,7 @@ def bucket_errors(client: Any, bucket: str) -> Iterator[None]:
             causes.append(causes[-1].__cause__ or causes[-1].__context__ or error)
         names = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
         said = first_line(causes[-1])
-        if isinstance(error, ClientError):
+        if isinstance(error, botocore.exceptions.ClientError):
             status = str(error.response["ResponseMetadata"]["HTTPStatusCode"])
             told = {"Code": "", "Message": "", **error.response.get("Error", {})}
             names, said = {told["Code"], status}, f"{status} {told['Code']} {told['Message']}"
@@ -2014,9 +2049,6 @@ def r2_variables(bucket: str) -> "tuple[str, str, str, str]":
 
 def open_client(bucket: str) -> Any:
     """Make a client (it has no static type); raise once for all wrong variables, values unseen."""
-    from botocore.config import Config
-    from botocore.session import Session
-
     account, endpoint, key, secret = r2_variables(bucket)
     remember_secrets(key, secret, *(p for p in urllib.request.getproxies().values() if "@" in p))
     label, wrong = r"(?!-)[a-z\d-]{1,63}(?<!-)", []
@@ -2036,7 +2068,7 @@ def open_client(bucket: str) -> Any:
         message = f"The access to R2 is not set up: {'; '.join(wrong)}."
         hint = f"Put the values of {TOKENS} into .env (see .env.example), or use --data_path FILE."
         raise BucketError(message, hint, "away")
-    config = Config(
+    config = botocore.config.Config(
         signature_version="s3v4", s3={"addressing_style": "path"},
         connect_timeout=CONNECT_SECONDS, read_timeout=STALL_SECONDS,
         retries={"total_max_attempts": 1, "mode": "standard"},  # all retries are ours
@@ -2046,7 +2078,7 @@ def open_client(bucket: str) -> Any:
     # The user's own AWS profile and files have no say here, broken or not.
     nowhere, none = (None, None, os.devnull, None), (None, None, None, None)
     own = {"config_file": nowhere, "credentials_file": nowhere, "profile": none}
-    return Session(session_vars=own).create_client(
+    return botocore.session.Session(session_vars=own).create_client(
         "s3", "auto", endpoint_url=endpoint, config=config,
         aws_access_key_id=key, aws_secret_access_key=secret,
     )  # fmt: skip
@@ -2178,21 +2210,39 @@ class MemoryPlan(NamedTuple):
     budget: int  # tokens of a forward pass
     recompute: bool  # activations
     peak: int  # bytes
+    fits: bool  # into what a run may take
     reason: str
 
 
 def machine_memory(device: str) -> "tuple[int, float]":
     """Return the bytes that the device has in all, and those of them that a run may take."""
-    import psutil
-    import torch
-
     if device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         return total, 0.8 * total
     total = psutil.virtual_memory().total
-    # Beyond Metal's limit, small Macs swap for hours instead of refusing.
-    most = torch.mps.recommended_max_memory() if device == "mps" else total
+    # Beyond Metal's limit, small Macs swap for hours instead of refusing; its buffers do not fit
+    # seamlessly into its heaps.
+    most = torch.mps.recommended_max_memory() - 1_500_000_000 if device == "mps" else total
     return total, min(0.8 * total, most)
+
+
+def activation_bytes(
+    base: BaseModel, device: str, dtype: str, tokens: int, longest: int, *, recompute: bool
+) -> int:
+    """Return the bytes that a pass of so many tokens keeps for its backward, and needs on the way.
+
+    `longest` are the tokens of its longest row.
+    """
+    width, row = DTYPE_BYTES[dtype], min(tokens, LONGEST_MATH_ROW)
+    qkv, score = (3 * base.hidden + 2 * base.key_value) * width, base.heads * width
+    if device == "mps":  # it keeps the scores of whole rows, and q, k, v once more, in fp32
+        row, score, qkv = min(tokens, longest), base.heads * 4, qkv + 12 * base.hidden
+        tokens += BUCKETS["tokens"]
+    feed_forward = 3 * base.feed_forward * width
+    layer = 12 * base.hidden + qkv + score * row + feed_forward  # RMSNorm saves its input in fp32
+    kept = base.hidden * width * base.layers + layer if recompute else layer * base.layers
+    # Gradients on their way through one layer are as large as its feed-forward activations.
+    return tokens * (kept + feed_forward)
 
 
 def plan_memory(
@@ -2204,27 +2254,18 @@ def plan_memory(
     Where the `granted` tokens would take too much, the budget is halved, down to the longest of the
     training examples (`lengths`, `batch` of which make a step); then activations are recomputed.
     """
-    width, trainable = DTYPE_BYTES[dtype], base.adapter_parameters(rank, targets)
+    weights, trainable = (
+        base.parameters * DTYPE_BYTES[dtype],
+        base.adapter_parameters(rank, targets),
+    )
     longest = max(lengths, default=max_seq_length)
     most = sum(sorted(lengths)[-batch:]) or granted
-    weights = base.parameters * width
     # The adapter: weights, gradients, two Adam moments, and the best weights so far, all fp32.
     fixed = RUNTIME_BYTES + weights + trainable * 20 + 3 * HEAD_CHUNK * base.vocabulary * 4
-    row, score, filling = LONGEST_MATH_ROW, base.heads * width, 0
-    qkv = (3 * base.hidden + 2 * base.key_value) * width
-    if device == "mps":  # it keeps the scores of whole rows, and q, k, v once more, in fp32
-        row, score, qkv = longest, base.heads * 4, qkv + 12 * base.hidden
-        filling = BUCKETS["tokens"]
 
     def estimate(budget: int, again: bool) -> int:
-        """Return the bytes that training with passes of at most `budget` tokens needs."""
-        tokens = min(budget, most) + filling
-        feed_forward = 3 * base.feed_forward * width
-        # RMSNorm saves its input in fp32, twice a layer.
-        layer = 12 * base.hidden + qkv + score * min(tokens, row) + feed_forward
-        kept = base.hidden * width * base.layers + layer if again else layer * base.layers
-        # Gradients on their way through one layer are as large as its feed-forward activations.
-        return fixed + tokens * (kept + feed_forward)
+        tokens = min(budget, most)
+        return fixed + activation_bytes(base, device, dtype, tokens, longest, recompute=again)
 
     total, limit = machine_memory(device)
     plans, floor = [(granted, recompute == "on")], max(256, longest)  # smaller passes are slow
@@ -2233,12 +2274,13 @@ def plan_memory(
     plans += [(plans[-1][0], True)] if recompute == "auto" else []
     budget, again = next((plan for plan in plans if estimate(*plan) <= limit), plans[-1])
     peak = estimate(budget, again)
-    if device != "cuda" and abs(base.file_bytes - weights) > 0.1 * weights:
+    fits = peak <= limit
+    if device == "cpu" and abs(base.file_bytes - weights) > 0.1 * weights:
         # While it loads, the file's pages stand beside weights of another dtype.
         peak = max(peak, RUNTIME_BYTES + weights + base.file_bytes)
     reason = f"about {human_bytes(peak)} of this machine's {human_bytes(total)}"
     reason += f" ({granted} were granted)" * (budget < granted)
-    return MemoryPlan(budget, again, peak, reason)
+    return MemoryPlan(budget, again, peak, fits, reason)
 
 
 # --- the device
@@ -2249,20 +2291,18 @@ SELF_TEST_SECONDS = 180
 
 def self_test_models(device: str, dtype: str, seed: int, vocabulary: int) -> "list[Any]":
     """Return a small Llama with a random adapter twice: plain on the CPU, with the engine there."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     sizes: Any = {"vocab_size": vocabulary, "hidden_size": 128, "intermediate_size": 256}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     models: list[Any] = []
     for place, width in (("cpu", "float32"), (device, dtype)):
         torch.manual_seed(seed)
-        base: Any = LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.05))
+        base: Any = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**sizes, initializer_range=0.05)
+        )
         base.get_input_embeddings().weight.data *= 4
         shape: Any = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1}
         targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-        model = get_peft_model(base, LoraConfig(target_modules=targets, **shape))
+        model = peft.get_peft_model(base, peft.LoraConfig(target_modules=targets, **shape))
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
@@ -2275,22 +2315,19 @@ def self_test_models(device: str, dtype: str, seed: int, vocabulary: int) -> "li
 
 
 def step_of_adamw(model: Any, other: Any, device: str) -> "list[Tensor]":
-    """Return the adapter after a step along the gradients of another model."""
-    import torch
-
+    """Return the adapter after a step along the clipped gradients of another model."""
     both = zip(model.named_parameters(), other.parameters(), strict=True)
     pairs = [(p, q.grad) for (name, p), q in both if q.grad is not None and "lora" in name]
     for parameter, gradient in pairs:
         parameter.grad = gradient.to(parameter.device)
     moved = [parameter for parameter, _ in pairs]
+    torch.nn.utils.clip_grad_norm_(moved, 0.01)
     torch.optim.AdamW(moved, lr=0.01, fused=device == "mps" or None).step()
     return [parameter.detach().cpu() for parameter in moved]
 
 
 def plain_gradients(model: Any, batch: Sequence[Example]) -> "list[Any]":
     """Return the mean loss of a batch and its gradients as transformers and PEFT compute them."""
-    import torch
-
     model.zero_grad()
     total, count = torch.zeros(()), 0
     for example in batch:
@@ -2303,6 +2340,25 @@ def plain_gradients(model: Any, batch: Sequence[Example]) -> "list[Any]":
     return [total.detach() / count, *trained]
 
 
+def answers_within(
+    limit: float, plain: Any, tested: Any, device: str, world: Any
+) -> "Iterator[bool]":
+    """Tell of two prompts, the second one padded, whether only rounding parts a device's answers.
+
+    The CPU may find a likelier token than the chosen one by `limit` of its largest logit.
+    """
+    prompts = torch.tensor([[7, 1, 5, 9, 11, 8], [0, 0, 1, 5, 9, 12]])
+    how: Any = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0}
+    with torch.inference_mode():
+        with world(), engine_off(tested):
+            mask, given = (prompts > 0).long().to(device), prompts.to(device)
+            said = tested.eval().generate(given, attention_mask=mask, **how).cpu()
+        for row, start in zip(said, (0, 2), strict=True):
+            logits = plain.eval()(input_ids=row[None, start:]).logits[0, 5 - start : -1]
+            chosen = logits.gather(1, row[6:, None])[:, 0]
+            yield bool((logits.amax(1) - chosen <= limit * logits.abs().amax(1)).all())
+
+
 def find_fault(
     device: str, dtype: str, seed: int = 0, size: int = 32_000, world: Any = contextlib.nullcontext
 ) -> str:
@@ -2311,8 +2367,6 @@ def find_fault(
     Losses and gradients are compared with those of transformers and PEFT on the CPU, for both kinds
     of attention and more targets than a slice of the head. `world()` stands around the device.
     """
-    import torch
-
     chance, tolerance = random.Random(seed), TOLERANCE[dtype]  # noqa: S311
     plain, tested = self_test_models(device, dtype, seed, size)
     trained = [p for p in tested.parameters() if p.requires_grad]
@@ -2354,51 +2408,67 @@ def find_fault(
         return "gradients with recomputed activations are others"
     with world():
         gradient = step_of_adamw(tested, plain, device)
-    different = differ(gradient, step_of_adamw(plain, plain, "cpu"), 1e-4)
-    return "a step of AdamW is not the CPU's" * different
+    if differ(gradient, step_of_adamw(plain, plain, "cpu"), 1e-4):
+        return "a step of AdamW is not the CPU's"
+    answers_rightly = all(answers_within(3 * tolerance, plain, tested, device, world))
+    return "" if answers_rightly else "an answer is not the CPU's"
+
+
+def time_products(device: str, dtype: str) -> float:
+    """Return the seconds that five products of TinyLlama's MLP for 512 tokens take."""
+    how: Any = {"device": device, "dtype": getattr(torch, dtype)}
+    a, b, seconds = torch.ones(512, 2048, **how), torch.ones(2048, 5632, **how), 0.0
+    for _ in range(2):  # the first ones warm up
+        started = time.monotonic()
+        sum((a @ b for _ in range(5)), torch.zeros((), **how)).sum().item()  # waits
+        seconds = time.monotonic() - started
+    return seconds
 
 
 def run_self_test(device: str, dtype: str) -> None:
-    """Print what a device gets wrong, as JSON (in a child process)."""
+    """Print what a device gets wrong, and on a Mac how fast it is, as JSON (in a child process)."""
     size = 2_000 if device == "cpu" else 32_000  # GPUs were seen to lose the ends of long sums
-    sys.stdout.write(json.dumps({"problem": find_fault(device, dtype, 0, size) or None}) + "\n")
+    kinds = ((device, dtype), (device, "bfloat16"), ("cpu", "float32")) if device == "mps" else ()
+    problem = find_fault(device, dtype, 0, size)
+    seconds = [] if problem else [time_products(*kind) for kind in kinds]
+    sys.stdout.write(json.dumps({"problem": problem or None, "seconds": seconds}) + "\n")
 
 
-def self_test(device: str, dtype: str) -> "str | None":
-    """Let a child, which may hang or crash, test a device (a GPU once); return what is wrong."""
-    import torch
+def self_test(device: str, dtype: str) -> "tuple[str | None, list[float]]":
+    """Let a child, which may hang or crash, test a device (a GPU once).
 
+    Return what is wrong, and on a Mac the seconds of `time_products`: there, in bf16, on the CPU.
+    """
     record, known = PROGRAM_FOLDER / "cache" / "self_test.json", dict[str, Any]()
     program, machine = sha256_of(Path(__file__)), (platform.node(), platform.platform())
     key = " ".join([device, dtype, *machine, torch.__version__, program])
     with contextlib.suppress(FineTuningError):
         known = read_json(record) if device != "cpu" else {}
-    if known.get(key) == "passed":
-        return None
+    if key in known:
+        return None, known[key]
     command = [sys.executable, str(Path(__file__).resolve()), SELF_TEST, device, dtype]
     options: Any = {"capture_output": True, "text": True, "timeout": SELF_TEST_SECONDS}
     try:
         child = subprocess.run(command, check=False, **options)
     except subprocess.TimeoutExpired:
-        return f"the self-test hung (no answer in {SELF_TEST_SECONDS} s)"
+        return f"the self-test hung (no answer in {SELF_TEST_SECONDS} s)", []
     if child.returncode:
         log.debug("Self-test: %s", child.stderr)
         reason = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        return f"the self-test crashed (exit code {child.returncode}: {reason})"
+        return f"the self-test crashed (exit code {child.returncode}: {reason})", []
     try:
-        problem = json.loads(child.stdout.splitlines()[-1])["problem"]
+        found = json.loads(child.stdout.splitlines()[-1])
+        problem, seconds = found["problem"], found["seconds"]
     except (ValueError, LookupError, TypeError):
-        return "the self-test gave no answer"
+        return "the self-test gave no answer", []
     if problem is None and device != "cpu":
         with contextlib.suppress(FineTuningError, OSError):  # a folder that cannot be written
-            write_whole(record, known | {key: "passed"}, "")
-    return problem and f"the self-test failed: {problem}"
+            write_whole(record, known | {key: seconds}, "")
+    return problem and f"the self-test failed: {problem}", seconds
 
 
 def emulates_bf16(device: str) -> bool:
     """Tell whether products of bf16 matrices are computed in software there."""
-    import torch
-
     if device != "cpu":
         return device == "cuda" and not torch.cuda.is_bf16_supported(False)
     if platform.machine().lower() in ("arm64", "aarch64"):
@@ -2410,10 +2480,10 @@ def emulates_bf16(device: str) -> bool:
 
 def choose_device(wanted: str) -> "tuple[str, str]":
     """Return the device to train on and, in words, why; raise where the wanted one is absent."""
-    import torch
-
-    # On Intel Macs, MPS means a GPU that PyTorch no longer supports.
+    # On Intel Macs, MPS means a GPU that PyTorch no longer supports; several processes cannot add
+    # up their gradients there.
     mps = torch.backends.mps.is_available() and platform.machine() == "arm64"
+    mps = mps and process_count() == 1
     there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if wanted == "auto":
         absent = " and ".join(name.upper() for name in there if not there[name])
@@ -2435,8 +2505,13 @@ def check_device(wanted: str, dtype: str) -> "tuple[Check, str, str]":
     if dtype == "float16" and device != "cuda":
         what = f"fp16 works on NVIDIA GPUs only, and this is {device}."
         raise FineTuningError(what, "Take --bf16: it saves as much memory.")
-    # All others are compared with this one.
-    problem = None if (device, dtype) == ("cpu", "float32") else self_test(device, dtype)
+    is_measure = (device, dtype) == ("cpu", "float32")  # which all others are compared with
+    problem, seconds = (None, []) if is_measure else self_test(device, dtype)
+    if seconds:
+        there, half, cpu = seconds
+        times = f"a sample takes {there:.2f} s, {half:.2f} s in bf16, {cpu:.2f} s on the CPU"
+        problem = f"it is slower here: {times}" if wanted == "auto" and cpu < there else None
+        reason += f"; {times}"
     if problem and wanted == "auto" and device != "cpu":
         check, _, dtype = check_device("cpu", dtype)
         hint = f"Training goes on with {check.detail}; --device {device} insists."
@@ -2448,6 +2523,22 @@ def check_device(wanted: str, dtype: str) -> "tuple[Check, str, str]":
         detail = f"{device}: bf16 is computed in software here, several times slower than float32"
         return Check("device", "warning", detail, "Leave --bf16 out."), device, dtype
     return Check("device", "ok", f"{device}, base model in {dtype} ({reason})"), device, dtype
+
+
+def check_memory(
+    plan: "Callable[[str], MemoryPlan]", device: str, dtype: str
+) -> "tuple[Check, str]":
+    """Check that the plan for a dtype fits; where Metal has no room for float32, take bf16."""
+    chosen, why = plan(dtype), ""
+    if device == "mps" and dtype == "float32" and not chosen.fits:
+        half = plan("bfloat16")
+        if half.fits and self_test(device, "bfloat16")[0] is None:
+            why = f"; bf16 is taken, since float32 needs {human_bytes(chosen.peak)}"
+            chosen, dtype = half, "bfloat16"
+    fits = chosen.peak <= machine_memory(device)[0] if device == "cpu" else chosen.fits
+    hint = "Try --bf16 (half the memory), or a smaller --max_seq_length."
+    outcome: Any = "ok" if fits else "warning"
+    return Check("memory", outcome, f"{chosen.reason} at most{why}", hint), dtype
 
 
 # --- the surroundings
@@ -2591,14 +2682,13 @@ def run_preflight(config: FineTuningConfig) -> PreflightReport:
             start = (config.resume, config.init_adapter)
             checks += check_training(base, targets, length, *start) if base else []
     if base and device:
-        plan = plan_memory(
-            base, rank=config.lora_r, targets=targets, device=device, dtype=dtype,
+        plan = functools.partial(
+            plan_memory, base, rank=config.lora_r, targets=targets, device=device,
             granted=config.per_device_train_batch_size * length,
             max_seq_length=min(length, base.positions), recompute=config.gradient_checkpointing,
         )  # fmt: skip
-        fits = plan.peak <= machine_memory(device)[0]
-        hint = "Try --bf16 (half the memory), or a smaller --max_seq_length."
-        checks.append(Check("memory", "ok" if fits else "warning", f"{plan.reason} at most", hint))
+        check, dtype = check_memory(lambda kind: plan(dtype=kind), device, dtype)
+        checks.append(check)
     for check in checks:
         mark = {"ok": "ok  ", "warning": "WARN", "failed": "FAIL"}[check.outcome]
         log.info("  %s  %-12s %s", mark, check.name, check.detail)
@@ -2613,17 +2703,15 @@ def run_preflight(config: FineTuningConfig) -> PreflightReport:
 
 
 @functools.cache  # it keeps the lock until the process ends
-def claim_output_folder(output_dir: Path) -> "BaseFileLock | None":
+def claim_output_folder(output_dir: Path) -> "filelock.BaseFileLock | None":
     """Lock the output folder against a second run, and clear away what a killed one left."""
+    if not is_main_process():
+        return None
     hint = "Wait for it or stop it, or choose another --output_dir."
-    try:
-        if not is_main_process():
-            return None
-        taken = FineTuningError(f"Another run is writing to {output_dir}.", hint)
+    taken = FineTuningError(f"Another run is writing to {output_dir}.", hint)
+    with disk_errors(output_dir, "--output_dir"):
         held = lock(output_dir.resolve() / ".lock", taken)
         clear_staging(output_dir)
-    except OSError as error:
-        raise disk_error(error, output_dir, "--output_dir") or error from error
     return held
 
 
@@ -2762,10 +2850,8 @@ def fetch_dataset(config: FineTuningConfig) -> DatasetFile:
         files.append(DatasetFile(path, size, None, sha256_of(path), source))
     if not paths:
         chosen = (config.r2_bucket_name, config.r2_data_prefix, each_of(config.dataset_name))
-        try:  # an object that is replaced meanwhile is chosen anew
+        with disk_errors(folder, CACHE_FLAG):  # an object that is replaced is chosen anew
             files = keep_trying(lambda: fetch_objects(*chosen, folder), "replaced")
-        except OSError as error:  # what the network does is translated where it happens
-            raise disk_error(error, folder, CACHE_FLAG) or error from error
     if len(files) == 1:
         return files[0]
     digests, sources = "".join(f.sha256 for f in files), "; ".join(f.source for f in files)
@@ -3058,11 +3144,8 @@ def read_csv(path: Path, head: str, advance: "Callable[[int], None]") -> "Iterat
 
 def read_parquet(path: Path) -> "Iterator[object]":
     """Yield the rows of a Parquet file."""
-    import pyarrow
-    from pyarrow import parquet
-
     try:
-        table = parquet.ParquetFile(path)
+        table = pyarrow.parquet.ParquetFile(path)
         if len(set(table.schema_arrow.names)) < len(table.schema_arrow.names):
             raise file_error(path, "has a column twice.")
         for batch in table.iter_batches(1000):
@@ -3424,8 +3507,6 @@ def encode_row(
 
     Rows are compared by hashes: of the whole, of what stands before each answer, of words.
     """
-    from rensa import RMinHash
-
     characters = [len(m["content"]) for m in row.messages]
     if sum(characters) > limit * CHARACTERS_PER_TOKEN:
         lost = sum(characters[place] for place in row.answers) // 4  # estimated
@@ -3459,7 +3540,7 @@ def encode_row(
         "supervised": kept, "characters": sum(map(len, said)), "asked": asked,
         "answered": replies, "checks": sum(BITS[check] for check in row.notes),
         "key": hash_of(repr(row.messages), repr(row.answers)),
-        "stems": RMinHash.hash_token_sets([stems])[0],
+        "stems": rensa.RMinHash.hash_token_sets([stems])[0],
     }  # fmt: skip
 
 
@@ -3497,9 +3578,6 @@ def encode_rows(
 
 def store_rows(rows: "Iterator[dict[str, Any]]", cache: Path) -> "datasets.Dataset":
     """Write rows to a file in the cache folder, which lives as long as the process."""
-    import datasets
-    import pyarrow
-
     text, number, bits = (datasets.Value(kind) for kind in ("string", "int64", "uint64"))
     tokens, hashes = datasets.List(datasets.Value("int32")), datasets.List(bits)
     columns = {
@@ -3541,14 +3619,11 @@ def find_candidates(bags: "list[list[int]]") -> "Iterable[tuple[int, int]]":
 
     rensa's own LSH returns every pair of a set of variants; neighbours in a band are enough.
     """
-    import numpy as np
-    from rensa import RMinHash
-
     rows, few, found = len(bags), len(bags) <= 5000, []
     signature = np.empty((rows, 2 * BANDS), np.uint64)
     for start in range(0, rows, 5000):
         part = bags[start : start + 5000]
-        matrix = RMinHash.digest_matrix_from_token_hash_sets(part, 2 * BANDS, 42)
+        matrix = rensa.RMinHash.digest_matrix_from_token_hash_sets(part, 2 * BANDS, 42)
         signature[start : start + 5000] = matrix.to_rows()
     for band in range(BANDS):
         key = signature[:, 2 * band] << np.uint64(32) | signature[:, 2 * band + 1]
@@ -3609,14 +3684,12 @@ def place_of(table: "datasets.Dataset", row: int) -> Place:
 
 def relate_rows(
     table: "datasets.Dataset", tally: Tally, keep_duplicates: bool
-) -> "tuple[numpy.ndarray, list[int]]":
+) -> "tuple[np.ndarray, list[int]]":
     """Note what rows have to do with each other; return the checks and the family of each row.
 
     A family are rows that must not stand on both sides of the split: near duplicates, paraphrases,
     and rows that ask the same. It is named by the place of its first row.
     """
-    import numpy as np
-
     column = table.data.column
     keys, sizes = column("key").to_pylist(), column("characters").to_numpy()
     said = zip(column("asked").to_pylist(), column("answered").to_pylist(), strict=True)
@@ -3692,10 +3765,8 @@ def choose_sides(
     return sorted(trained), sorted(held_out)
 
 
-def build_report(tally: Tally, table: "datasets.Dataset", kept: "numpy.ndarray") -> QualityReport:
+def build_report(tally: Tally, table: "datasets.Dataset", kept: "np.ndarray") -> QualityReport:
     """Sum up what the checks have found."""
-    from pyarrow import compute
-
     sums, lists, column = tally.sums, tally.found, table.data.column
     total, valid = sums["total"], sums["total"] - sums["rejected"]
     sums["unused_keys"] = max(tally.unused.values(), default=0)
@@ -3712,7 +3783,10 @@ def build_report(tally: Tally, table: "datasets.Dataset", kept: "numpy.ndarray")
         details["unused_keys"]["examples"] = [{"detail": text} for text in shown]
     names = "answers", "masked", "supervised", "length"
     answers, masked, supervised, length = (int(column(n).to_numpy()[kept].sum()) for n in names)
-    means = (compute.mean(compute.utf8_length(column(n))).as_py() for n in ("question", "answer"))
+    means = (
+        pyarrow.compute.mean(pyarrow.compute.utf8_length(column(n))).as_py()
+        for n in ("question", "answer")
+    )
     asked, answered = (round(mean or 0, 2) for mean in means)
     return QualityReport(
         total_examples=total, valid_examples=valid, quality_score=round(valid / max(1, total), 6),
@@ -3783,17 +3857,13 @@ def pass_gates(
 
 def prepare_dataset(file: DatasetFile, config: FineTuningConfig) -> PreparedData:
     """Read, check, tokenize and split the rows of the data."""
-    import numpy as np
-
     base, cache, tally = open_base_model(config.model_name), Path(config.cache_dir), Tally()
     tokenizer, limit = base.tokenizer, min(config.max_seq_length, base.positions)
     if limit < config.max_seq_length:
         what = "  max_seq_length %d is more than the model's %d positions: %d is used"
         log.warning(what, config.max_seq_length, limit, limit)
-    try:
+    with disk_errors(cache, "--cache_dir"):
         table = store_rows(encode_rows(file, config, base, limit, tally), cache)
-    except OSError as error:
-        raise disk_error(error, cache, "--cache_dir") or error from error
     checks, families = relate_rows(table, tally, config.keep_duplicates)
     left_out = np.zeros(len(table), bool)
     for check in ("exact_duplicate", *config.drop_checks):
@@ -3981,10 +4051,6 @@ def choose_checkpoint(
 # --- one training
 
 
-class DeviceGaveUp(Exception):
-    """Ask for the run to go on from its last checkpoint on the CPU."""
-
-
 @dataclass
 class RunState:
     """Remember what a run has done; written into each checkpoint as progress.json."""
@@ -4007,6 +4073,40 @@ class RunState:
         return since_best >= (patience or math.inf)
 
 
+@contextlib.contextmanager
+def watched(what: str, device: str, resume: str, usual: float = 0) -> Iterator[None]:
+    """Say so when the block seems to hang; when a GPU hangs on, begin again on the CPU.
+
+    `resume` is the setting, `usual` the seconds that such a block takes.
+    """
+    patience, ended = max(HANG_SECONDS, 10 * usual), threading.Event()
+
+    def bark() -> None:
+        if ended.wait(patience):
+            return
+        words = "  %s has not ended for %s: wait, or stop with Ctrl-C and go on with --device "
+        words += "cpu. The log file shows where every thread stands"
+        log.warning(words, what, human_seconds(patience))
+        if device != "cpu" and process_count() == 1 and not ended.wait(2 * patience):
+            log.warning("  %s hangs: beginning again from the last checkpoint on the CPU", what)
+            again = ["--device", "cpu", "--overwrite", "false"]
+            again += ["--resume", "auto" if resume == "never" else resume]
+            script = str(Path(__file__).resolve())
+            os.execv(sys.executable, [sys.executable, script, *sys.argv[1:], *again])  # noqa: S606
+
+    dog = threading.Thread(target=bark, name="watchdog", daemon=True)
+    dog.start()
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, SafeHandler) and handler.stream is not sys.stderr:
+            faulthandler.dump_traceback_later(patience, file=handler.stream)
+    try:
+        yield
+    finally:
+        ended.set()
+        dog.join()  # it holds the model
+        faulthandler.cancel_dump_traceback_later()
+
+
 @dataclass
 class Training:
     """Carry out one training on one device, step by step."""
@@ -4024,41 +4124,13 @@ class Training:
     trainer: Any = None  # TRL's SFTTrainer
     advance: "Callable[..., None]" = print  # of the progress bar
 
-    @contextlib.contextmanager
-    def watched(self, what: str) -> Iterator[None]:
-        """Say so when the block seems to hang; when a GPU hangs on, begin again on the CPU."""
+    def watch(self, what: str) -> "contextlib.AbstractContextManager[None]":
+        """Watch over a step, or over an evaluation."""
         usual = (time.monotonic() - self.started) / max(1, len(self.run.steps))
-        patience, ended = max(HANG_SECONDS, 10 * usual), threading.Event()
-
-        def bark() -> None:
-            if ended.wait(patience):
-                return
-            words = "  %s has not ended for %s: wait, or stop with Ctrl-C and go on with --device "
-            words += "cpu. The log file shows where every thread stands"
-            log.warning(words, what, human_seconds(patience))
-            if self.device != "cpu" and process_count() == 1 and not ended.wait(2 * patience):
-                log.warning("  %s hangs: beginning again from the last checkpoint on the CPU", what)
-                resume = "auto" if self.config.resume == "never" else self.config.resume
-                again = ["--device", "cpu", "--resume", resume, "--overwrite", "false"]
-                script = str(Path(__file__).resolve())
-                os.execv(sys.executable, [sys.executable, script, *sys.argv[1:], *again])  # noqa: S606
-
-        dog = threading.Thread(target=bark, name="watchdog", daemon=True)
-        dog.start()
-        for handler in logging.getLogger().handlers:
-            if isinstance(handler, SafeHandler) and handler.stream is not sys.stderr:
-                faulthandler.dump_traceback_later(patience, file=handler.stream)
-        try:
-            yield
-        finally:
-            ended.set()
-            dog.join()  # it holds the model
-            faulthandler.cancel_dump_traceback_later()
+        return watched(what, self.device, self.config.resume, usual)
 
     def accumulate(self, examples: "Sequence[Example]", supervised: int) -> "tuple[float, float]":
         """Add up the gradients of one effective batch; return its mean loss and their norm."""
-        import torch
-
         args, step, mps = self.trainer.args, self.trainer.state.global_step, torch.mps
         held = mps.driver_allocated_memory() if self.device == "mps" else 0
         if held and held > 0.8 * mps.recommended_max_memory():  # every size is kept apart
@@ -4082,7 +4154,8 @@ class Training:
             for part in (*grads, total):
                 torch.distributed.all_reduce(part)
         scaler = self.trainer.accelerator.scaler
-        figures = [total[0], torch.nn.utils.get_total_norm(grads), base.layers_run.float()]
+        norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in grads])
+        figures = [total[0], torch.linalg.vector_norm(norms), base.layers_run.float()]
         loss, norm, layers = torch.stack(figures).tolist()  # waits for the device, once
         due = len(base.get_decoder().layers) * len(mine)
         if layers != due:  # the device dropped work, which leaves old numbers in its place
@@ -4108,7 +4181,9 @@ class Training:
                 continue
             self.relieve(max(lengths))  # here the failed pass is freed
         else:
-            raise DeviceGaveUp(f"Step {step} gives no finite numbers on {self.device}, twice over")
+            raise FloatingPointError(
+                f"Step {step} gives no finite numbers on {self.device}, twice over"
+            )
         rate = trainer.lr_scheduler.get_last_lr()[0]
         counts = {"examples": len(examples), "tokens": sum(lengths), "supervised": supervised}
         record = {"step": step, "loss": loss, "learning_rate": rate} | counts
@@ -4157,10 +4232,10 @@ class Training:
         if not is_due or any(record["step"] == step for record in self.run.evaluations):
             return
         budget = evaluation_budget(self.run.budget, self.device)
-        with self.watched(f"The evaluation after step {step}"):
+        with self.watch(f"The evaluation after step {step}"):
             loss = mean_loss(self.model, self.periodic, budget, str(trainer.args.device))
         if not math.isfinite(loss):
-            raise DeviceGaveUp(f"The evaluation after step {step} gives no finite loss")
+            raise FloatingPointError(f"The evaluation after step {step} gives no finite loss")
         record = {"step": step, "eval_loss": loss, "examples": len(self.periodic)}
         self.run.evaluations.append(record)
         words = f"best {best['eval_loss']:.4f} at step {best['step']}" if best else ""
@@ -4171,9 +4246,6 @@ class Training:
 
     def save(self) -> int:
         """Publish the last finished step for Trainer to resume from; return its number."""
-        import torch
-        from safetensors.torch import save_file
-
         trainer, config, best = self.trainer, self.config, self.run.best
         now, output = int(trainer.state.global_step), Path(config.output_dir)
         if now == self.saved or not is_main_process():
@@ -4181,13 +4253,13 @@ class Training:
         self.run.seconds, self.saved = time.monotonic() - self.started, now
         weights = adapter_weights(self.model)
         if not all(value.isfinite().all() for value in weights.values()):
-            raise DeviceGaveUp("The adapter's weights are not finite")
+            raise FloatingPointError("The adapter's weights are not finite")
         check_space(output, 4 * sum(v.nbytes for v in weights.values()), "--output_dir")
         with staging_folder(output / f"checkpoint-{now}", "--output_dir") as staged:
             self.model.peft_config["default"].save_pretrained(str(staged))
-            save_file(weights, staged / ADAPTER_FILE)
+            safetensors.torch.save_file(weights, staged / ADAPTER_FILE)
             if self.best:
-                save_file(self.best, staged / BEST_ADAPTER)
+                safetensors.torch.save_file(self.best, staged / BEST_ADAPTER)
             trainer.state.save_to_json(str(staged / "trainer_state.json"))
             parts = {"optimizer": trainer.optimizer, "scheduler": trainer.lr_scheduler}
             for name, part in (parts | {"scaler": trainer.accelerator.scaler}).items():
@@ -4208,18 +4280,19 @@ class Training:
 
     def train(self, checkpoint: "Path | None") -> None:
         """Run the trainer from a checkpoint, or from the start; nothing where all is done."""
-        from safetensors.torch import load_file
-
         if checkpoint:
             load_adapter_weights(self.model, checkpoint / ADAPTER_FILE)
             self.trainer.state.global_step = self.done
             best = checkpoint / BEST_ADAPTER
-            self.best = load_file(best) if best.is_file() else {}
+            self.best = safetensors.torch.load_file(best) if best.is_file() else {}
             self.evaluate_if_due()  # the run may have been stopped in that evaluation
         patience = self.config.early_stopping_patience
         if self.done >= self.steps or self.run.is_out_of_patience(patience):
             return
         try:
+            # PyTorch's old format can run code, whatever is asked for.
+            if not all(map(zipfile.is_zipfile, checkpoint.glob("*.pt") if checkpoint else ())):
+                raise pickle.UnpicklingError
             self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except pickle.UnpicklingError as error:
             what = f"{checkpoint} holds Python objects where only tensors belong; none was loaded."
@@ -4229,39 +4302,31 @@ class Training:
 
 def collate(examples: "list[Example]") -> "dict[str, Any]":
     """Return a whole effective batch: its examples, and labels for Trainer to count."""
-    import torch
-
     labels = itertools.chain.from_iterable(map(labels_of, examples))
     return {"examples": examples, "labels": torch.tensor(list(labels))}
 
 
-def build_trainer(training: Training, data: PreparedData) -> "SFTTrainer":
+def build_trainer(training: Training, data: PreparedData) -> "trl.SFTTrainer":
     """Build TRL's trainer; its "batch" is a whole effective batch, which the engine cuts up."""
-    import torch
-    from accelerate.data_loader import SeedableRandomSampler
-    from torch.utils.data import DataLoader
-    from transformers import PrinterCallback, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
     config, batch = training.config, training.config.effective_batch
-    sampler = SeedableRandomSampler(data.train, data_seed=config.seed)
+    sampler = accelerate.data_loader.SeedableRandomSampler(data.train, data_seed=config.seed)
     workers = min(config.dataloader_num_workers, os.cpu_count() or 1)
     how: Any = {"sampler": sampler, "num_workers": workers}
     if config.dataloader_num_workers:  # a forked child of a process that has used MPS hangs
         how["multiprocessing_context"] = "spawn"
-    loader = DataLoader(data.train, batch, collate_fn=collate, **how)
+    loader = torch.utils.data.DataLoader(data.train, batch, collate_fn=collate, **how)
 
-    class EngineTrainer(SFTTrainer):
+    class EngineTrainer(trl.SFTTrainer):
         def get_train_dataloader(self):
             """Yield whole effective batches, in SFTTrainer's order, to every process alike."""
             return loader
 
         def training_step(self, model, inputs, num_items_in_batch=None):  # noqa: ARG002
-            with training.watched(f"Step {self.state.global_step + 1}"):
+            with training.watch(f"Step {self.state.global_step + 1}"):
                 loss = training.step(inputs["examples"], int(num_items_in_batch))
             return torch.tensor(loss, device=self.args.device)
 
-    class Follower(TrainerCallback):
+    class Follower(transformers.TrainerCallback):
         def on_epoch_begin(self, args, state, control, **_):  # noqa: ARG002
             """Shuffle by seed and epoch, in a resumed epoch too."""
             sampler.set_epoch(int((state.epoch or 0) + 1e-6))
@@ -4277,24 +4342,24 @@ def build_trainer(training: Training, data: PreparedData) -> "SFTTrainer":
     settings = {name: getattr(config, name) for name in same}
     if training.device == "mps" and config.optim == "adamw_torch":
         settings["optim"] = "adamw_torch_fused"  # one kernel a step instead of one a tensor
-    args = SFTConfig(
+    recompute = "activation_checkpointing"
+    settings[recompute if hasattr(trl.SFTConfig, recompute) else "gradient_checkpointing"] = False
+    args = trl.SFTConfig(
         **settings,
         per_device_train_batch_size=batch, gradient_accumulation_steps=1,
-        bf16=False, fp16=config.fp16 and training.device == "cuda", activation_checkpointing=False,
+        bf16=False, fp16=config.fp16 and training.device == "cuda",
         use_cpu=training.device == "cpu", average_tokens_across_devices=False, max_length=None,
         logging_nan_inf_filter=False, save_strategy="no", disable_tqdm=True,
         remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True},
     )  # fmt: skip
     others: Any = {"processing_class": data.tokenizer, "callbacks": [Follower()]}
     trainer = EngineTrainer(training.model, args, collate, train_dataset=data.train, **others)
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
 
 def keep_awake() -> None:
     """Keep a Mac from falling asleep until this process ends; say when it runs on its battery."""
-    import psutil
-
     if sys.platform == "darwin" and is_main_process():
         with contextlib.suppress(OSError):
             subprocess.Popen(["caffeinate", "-is", "-w", str(os.getpid())])
@@ -4306,8 +4371,6 @@ def keep_awake() -> None:
 def peak_memory(device: str) -> int:
     """Return the most memory that was in use, in bytes: the driver's count, else the process's."""
     import resource
-
-    import torch
 
     counts = {"cuda": torch.cuda.max_memory_allocated, "mps": torch.mps.driver_allocated_memory}
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kB
@@ -4326,8 +4389,6 @@ def load_trainable(
     data: PreparedData, report: PreflightReport, config: FineTuningConfig, *, recompute: bool
 ) -> "PeftModel":
     """Load the base model, and put a fresh or an earlier adapter and the engine on it."""
-    import torch
-
     torch.set_float32_matmul_precision(config.float32_matmul_precision)
     shape = {name: getattr(config, name) for name in ("lora_alpha", "lora_dropout")}
     shape |= {"r": config.lora_r, "target_modules": list(config.target_modules)}
@@ -4410,11 +4471,12 @@ def finish_training(training: Training, data: PreparedData, dtype: str) -> Train
         load_adapter_weights(model, training.best)
         best_step = int(state.best["step"])
     budget = evaluation_budget(state.budget, device)
-    eval_loss = mean_loss(model, data.eval, budget, device)
-    with model.disable_adapter():
-        before = mean_loss(model, data.eval, budget, device)
+    with watched("The last evaluation", device, training.config.resume):
+        eval_loss = mean_loss(model, data.eval, budget, device)
+        with model.disable_adapter():
+            before = mean_loss(model, data.eval, budget, device)
     if not math.isfinite(eval_loss + before):
-        raise DeviceGaveUp("The last evaluation gives no finite loss")
+        raise FloatingPointError("The last evaluation gives no finite loss")
     words = "  eval loss %.4f before, %.4f after (the adapter of step %d)"
     log.info(words, before, eval_loss, best_step)
     trainable, total = model.get_nb_trainable_parameters()
@@ -4485,7 +4547,7 @@ def train_lora(
         hint = "Lower --learning_rate, and look for broken rows: python unified_finetune.py data"
         try:
             return train_on(data, config, report, checkpoint)
-        except DeviceGaveUp as error:
+        except FloatingPointError as error:
             reason = str(error)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -4518,19 +4580,13 @@ SAMPLE_ANSWERS = 8
 SAMPLE_TOKENS = 64  # of an answer; enough to see whether it is one
 
 
-class Sample(NamedTuple):
-    """Hold a question with both answers; the reference is None for the user's own questions."""
-
-    question: str
-    reference: "str | None"
-    base: Answer
-    tuned: Answer
-
-
 def answer_samples(
     result: TrainResult, data: PreparedData, own: Sequence[str], system_prompt: "str | None"
-) -> "list[Sample]":
-    """Answer the user's questions, then held-out ones spread over the lengths, both ways."""
+) -> "list[dict[str, Any]]":
+    """Answer the user's questions, then held-out ones spread over the lengths, both ways.
+
+    Return question, reference (None for the user's own), and the Answer of base and of tuned.
+    """
     model, tokenizer = result.model.eval(), result.tokenizer
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     chats = [[*system, {"role": "user", "content": text}] for text in own]
@@ -4543,7 +4599,7 @@ def answer_samples(
         log.warning("  too long to answer, left out: %s", shorten(asking[0]))
         asked.remove(asking)
     longest = max((len(prompt) for _, _, prompt in asked), default=0) + SAMPLE_TOKENS
-    size, samples = max(1, result.budget // longest), list[Sample]()
+    size, samples = max(1, result.budget // longest), list[dict[str, Any]]()
     told = memory_in_words("Answering the sample questions", "Close programs. " + RUN_AGAIN)
     with told, engine_off(model), progress_bar(len(asked), "questions", "answering") as advance:
         for batch in (asked[i : i + size] for i in range(0, len(asked), size)):
@@ -4551,8 +4607,9 @@ def answer_samples(
             with model.disable_adapter():
                 base = generate(model, tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS)
             tuned = generate(model, tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS)
+            names = ("question", "reference", "base", "tuned")
             for asking, *both in zip(batch, base, tuned, strict=True):
-                samples.append(Sample(*asking[:2], *both))
+                samples.append(dict(zip(names, (*asking[:2], *both), strict=True)))
             advance(len(batch))
     return samples
 
@@ -4566,8 +4623,6 @@ NOTHING_MOVED += "--warmup_steps well below the run's steps, and start anew with
 
 def probe_logits(model: "PeftModel", examples: "datasets.Dataset") -> "torch.Tensor":
     """Return the logits of each example's last 32 positions [positions, vocabulary], on the CPU."""
-    import torch
-
     rows = [torch.tensor([ids], device=base_of(model).device) for ids in examples["input_ids"]]
     with torch.inference_mode():
         parts = [model(input_ids=row, use_cache=False).logits[0, -32:] for row in rows]
@@ -4678,14 +4733,11 @@ INK = {"accent": "#0b6e5f", "train": "#9aa3b5", "soft": "#62676e", "line": "#e4e
 
 def draw(height: int, fill: "Callable[[Any], object]", png: "Path | None" = None) -> str:
     """Return what `fill` draws, 440 points wide, as SVG in the page's colours (and write PNG)."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     page, soft = io.StringIO(), INK["soft"]
     style: Any = {"font.size": 12.5, "axes.autolimit_mode": "round_numbers", "text.color": soft}
     style |= {"svg.fonttype": "none", "svg.hashsalt": "", "axes.axisbelow": True}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(440 / 72, height / 72), layout="constrained")
+        figure = matplotlib.figure.Figure(figsize=(440 / 72, height / 72), layout="constrained")
         axes = figure.subplots()
         axes.margins(0, tight=False)
         axes.grid(axis="y", color=INK["line"])
@@ -4844,8 +4896,6 @@ All numbers are in training_metrics.json, all settings in training_config.json, 
 
 def write_pages(folder: Path, result: TrainResult, data: PreparedData, **facts: Any) -> None:
     """Write report and model card with their charts; `facts` is what else they speak of."""
-    import jinja2
-
     m, ink = result.metrics, INK["accent"]
     lengths = [*data.train["length"], *data.eval["length"]]
     spans = [*data.train["spans"], *data.eval["spans"]]
@@ -4895,17 +4945,17 @@ def save_results(result: TrainResult, data: PreparedData, config: FineTuningConf
     """Write the adapter, test it (`result.model` is empty then), and publish it with its report."""
     from importlib.metadata import version
 
-    from safetensors.torch import save_file
-
     output, settings, prompt = Path(config.output_dir), saved_settings(config), config.system_prompt
     samples = answer_samples(result, data, config.sample_prompts, prompt)
-    count, empty = len(samples), sum(not s.tuned.text.strip() for s in samples)
-    before, after = sum(s.base.stopped for s in samples), sum(s.tuned.stopped for s in samples)
+    count, empty = len(samples), sum(not s["tuned"].text.strip() for s in samples)
+    before, after = (sum(s[who].stopped for s in samples) for who in ("base", "tuned"))
     stops = f"{after} of {count} answers end by themselves within {SAMPLE_TOKENS} tokens (base: "
     stops += f"{before})" + f"; {empty} SAY NOTHING AT ALL" * bool(empty)
     with staging_folder(output / ADAPTER_FILE, "--output_dir") as staged:
         result.model.peft_config["default"].save_pretrained(str(staged))
-        save_file(adapter_weights(result.model), staged / ADAPTER_FILE, metadata={"format": "pt"})
+        safetensors.torch.save_file(
+            adapter_weights(result.model), staged / ADAPTER_FILE, metadata={"format": "pt"}
+        )
         write_tokenizer(result.tokenizer, (data.base.folder,), staged)
         m = result.metrics | prove_adapter(result.model, data, staged)
         m |= judge_training(m["eval_loss_before"], m["eval_loss"], result.history, len(data.eval))
@@ -4936,8 +4986,8 @@ def save_results(result: TrainResult, data: PreparedData, config: FineTuningConf
         others = {path.name for path in staged.iterdir()} - {CONFIG_FILE, METRICS_FILE}
         publish_files(staged, output, [CONFIG_FILE, *sorted(others)])
         publish_files(staged, output, [METRICS_FILE])
-    for s in [s for s in samples if s.reference is None] or samples[:2]:
-        texts = map(shorten, (s.question, s.base.text, s.tuned.text))
+    for s in [s for s in samples if s["reference"] is None] or samples[:2]:
+        texts = map(shorten, (s["question"], s["base"].text, s["tuned"].text))
         log.info("  question  %s\n    before  %s\n    after   %s", *texts)
     log.info("  %s\n", stops)
     log.info("  %s %s", m["verdict_headline"].upper(), m["verdict_evidence"])
@@ -5012,8 +5062,6 @@ class Conversation:
 
     def say(self, label: str, prompt: "list[int]", said: "list[str]") -> None:
         """Write one answer to stdout while it comes, keep its pieces, and say when it was cut."""
-        import torch
-
         # The same draw for the base and the adapter, another one for the next question.
         torch.manual_seed(self.seed + len(self.turns))
         names = ("temperature", "top_p", "top_k", "repetition_penalty")
@@ -5150,20 +5198,16 @@ class MergedModel(NamedTuple):
 
 def open_merged_model(adapter: AdapterFolder, base: BaseModel) -> MergedModel:
     """Find every tensor of the base and of the adapter, and prove that they fit."""
-    import torch
-    from peft.tuners.lora import LoraLayer
-    from safetensors import safe_open
-
     empty = read_empty_model(base.folder)
     config, tuned = empty.config, attach_adapter(empty, adapter, "cpu")
     scales = {
         name.removeprefix("base_model.model.") + ".weight": module.scaling["default"]
         for name, module in tuned.named_modules()
-        if isinstance(module, LoraLayer)
+        if isinstance(module, peft.tuners.lora.LoraLayer)
     }
     files, shapes = {}, {}
     for path in (base.folder / name for name in weight_files(base.folder)):
-        with safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - no dictionary
                 if not name.endswith("rotary_emb.inv_freq"):  # computed today
                     files[name], shapes[name] = path, tuple(file.get_slice(name).get_shape())
@@ -5172,12 +5216,12 @@ def open_merged_model(adapter: AdapterFolder, base: BaseModel) -> MergedModel:
         raise FineTuningError(what, "Merge it with PEFT's merge_and_unload instead.")
 
     def tensor(name: str) -> "torch.Tensor":
-        with safe_open(files[name], framework="pt") as file:  # anew: no mapping stays
+        with safetensors.safe_open(files[name], framework="pt") as file:  # anew: no mapping stays
             weight = file.get_tensor(name).float()
         if name not in scales:
             return weight
         stem = "base_model.model." + name.removesuffix("weight")
-        with safe_open(adapter.weights, framework="pt") as file:
+        with safetensors.safe_open(adapter.weights, framework="pt") as file:
             a, b = (file.get_tensor(f"{stem}lora_{x}.weight").float() for x in "AB")
         return weight + (b @ a) * scales[name]  # in the order of PEFT's merge
 
@@ -5202,19 +5246,14 @@ def check_written(name: str, weight: "torch.Tensor", found: "torch.Tensor", outt
 
 def write_merged(model: MergedModel, outtype: str, system: "str | None", folder: Path) -> None:
     """Write a model folder that transformers, vLLM, mlx-lm and llama.cpp's converter load."""
-    import torch
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
     kind = getattr(torch, TORCH_NAMES[outtype])
     empty = {n: torch.empty(s, dtype=kind, device="meta") for n, s in model.shapes.items()}
-    shards = split_torch_state_dict_into_shards(empty, max_shard_size="1GB")
+    shards = huggingface_hub.split_torch_state_dict_into_shards(empty, max_shard_size="1GB")
     with progress_bar(len(empty), "tensors", "merging") as advance:
         for place, names in shards.filename_to_tensors.items():
             tensors = {name: model.tensor(name).to(kind).contiguous() for name in names}
-            save_file(tensors, folder / place, metadata={"format": "pt"})
-            with safe_open(folder / place, framework="pt") as file:
+            safetensors.torch.save_file(tensors, folder / place, metadata={"format": "pt"})
+            with safetensors.safe_open(folder / place, framework="pt") as file:
                 for name, weight in tensors.items():
                     check_written(name, weight.float(), file.get_tensor(name), outtype)
             advance(len(names))
@@ -5275,23 +5314,25 @@ def gguf_tensor(model: MergedModel, name: str) -> "torch.Tensor":
 
 def add_facts(writer: "gguf.GGUFWriter", model: MergedModel, title: str, outtype: str) -> None:
     """Write what the model is, the network's shape, and the tokenizer with its template."""
-    import gguf
-    from gguf import TokenType
-
     c, tokenizer, rows = model.config, model.base.tokenizer, model.base.vocabulary
     told = json.loads(tokenizer.backend_tokenizer.to_str())
     pieces = [f"[PAD{i}]" for i in range(rows)]  # embeddings without a token, as llama.cpp has them
-    types, scores = [int(TokenType.UNUSED)] * rows, [0.0] * rows
+    types, scores = [int(gguf.TokenType.UNUSED)] * rows, [0.0] * rows
     for piece, i in told["model"]["vocab"].items():
         is_byte = re.fullmatch("<0x[0-9A-F]{2}>", piece)
         pieces[i], scores[i] = piece, 0.0 if is_byte else -1e6
-        types[i] = int(TokenType.BYTE if is_byte else TokenType.NORMAL)
+        types[i] = int(gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL)
     for rank, merge in enumerate(told["model"]["merges"], 1):  # the order of llama.cpp's merging
         i = told["model"]["vocab"]["".join(merge.split(" ") if isinstance(merge, str) else merge)]
         scores[i] = max(scores[i], -float(rank))
     for token in told["added_tokens"]:
-        i, kind = token["id"], TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
-        kind = TokenType.UNKNOWN if token["content"] == told["model"].get("unk_token") else kind
+        i, kind = (
+            token["id"],
+            gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED,
+        )
+        kind = (
+            gguf.TokenType.UNKNOWN if token["content"] == told["model"].get("unk_token") else kind
+        )
         pieces[i], types[i], scores[i] = token["content"], int(kind), 0.0
     about = f"{Path(model.base.name).name} with a LoRA adapter, SHA-256 "
     size = c.head_dim or c.hidden_size // c.num_attention_heads
@@ -5319,10 +5360,6 @@ def add_facts(writer: "gguf.GGUFWriter", model: MergedModel, title: str, outtype
 
 def write_gguf(model: MergedModel, outtype: str, path: Path) -> None:
     """Write model and tokenizer as one GGUF file, a tensor at a time, and read it back."""
-    import gguf
-    import numpy
-    import torch
-
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.base.layers)
     writer, places, kinds = gguf.GGUFWriter(path, "llama"), {}, {}
     add_facts(writer, model, path.stem.rpartition("-")[0], outtype)
@@ -5334,7 +5371,7 @@ def write_gguf(model: MergedModel, outtype: str, path: Path) -> None:
         kind = gguf.GGMLQuantizationType[("f32" if len(shape) == 1 else small).upper()]
         size = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
         places[name], kinds[name] = place, kind
-        writer.add_tensor_info(place, shape, numpy.dtype(numpy.float32), size, kind)
+        writer.add_tensor_info(place, shape, np.dtype(np.float32), size, kind)
     with progress_bar(2 * len(kinds), "tensors", "converting") as advance:
         with contextlib.closing(writer):
             writer.write_header_to_file()
@@ -5525,7 +5562,7 @@ def run(config: FineTuningConfig, last: int = 5) -> "RunArtifacts | None":
         if finished:
             return finished
         result = train_lora(data, report, config)
-    with stage(5, "save"):
+    with stage(5, "save"), watched("Stage 5", report.device, config.resume):
         return once_for_all(lambda: save_results(result, data, config))
 
 
@@ -5537,7 +5574,8 @@ def build_parser(own: "type | None") -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("--config", metavar="FILE", help="settings from a JSON or YAML file")
+    files = "settings from a JSON or YAML file; of several, the later ones win"
+    parser.add_argument("--config", metavar="FILE", help=files, action="append", default=[])
     for record in filter(None, (own, FineTuningConfig)):
         group = parser.add_argument_group(record.__name__)
         for name, f in fields_of(record).items():
@@ -5570,10 +5608,6 @@ def read_environment(problems: "list[str]") -> "list[Given]":
             text = raw.decode("cp1252", errors="replace")  # Latin-1, as old editors write it
         dotenv.load_dotenv(stream=io.StringIO(text.replace("\0", "")))  # UTF-16 without its mark
     remember_secrets(*map(os.environ.get, ("R2_ACCESS_KEY_ID", "R2_SECRET_ACCESS_KEY", "HF_TOKEN")))
-    try:
-        urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "")).port  # noqa: B018 - may raise
-    except ValueError as error:  # the hub's library fails at its import
-        problems.append(f"HF_ENDPOINT is no address: {error}")
     bucket = os.environ.get("R2_BUCKET_NAME", "").strip()
     return [("r2_bucket_name", bucket, "R2_BUCKET_NAME")] if bucket else []
 
@@ -5600,8 +5634,8 @@ def parse_command_line(argv: Sequence[str]) -> "tuple[str, FineTuningConfig, Any
             name = argument.split("=")[0].lstrip("-").replace("-", "_")
             near = nearest(name, [*settings, *own], "--")
             problems.append(f"unknown argument {argument!r}{near}")
-        if parsed.config:
-            given += read_config_file(Path(parsed.config).expanduser(), problems)
+        for file in parsed.config:
+            given += read_config_file(Path(file), problems)
         given += read_environment(problems)
         typed = [(name, v, "--" + name) for name, v in vars(parsed).items() if v is not None]
         given += [flag for flag in typed if flag[0] in settings]

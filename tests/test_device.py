@@ -3,6 +3,7 @@
 A dispatch mode stands around what the tested "device" (here the CPU) does, and spoils it.
 """
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -80,7 +81,11 @@ FAULTY = {
     "a sine that is a cosine": ("sin", lambda real, a, m: torch.cos(a[0])),
     "an activation that is left out": ("silu", lambda real, a, m: a[0].clone()),
     "an optimizer that forgets its moments": ("lerp_", lambda real, a, m: a[0]),
-}
+    "a clipping that clips nothing": ("clamp", lambda real, a, m: torch.ones_like(a[0])),
+    "a mask that answers do not heed": (
+        "scaled_dot_product_attention", lambda real, a, m: real(*a[:3], None, *a[4:]),
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", FAULTY)
@@ -94,6 +99,10 @@ def test_every_fault_of_a_device_is_found(kind):
         32_000 if spoil is tail_lost else 300,
         lambda: Broken(name, spoil, memory),
     )
+
+
+def test_the_time_of_a_sample_of_the_work_is_measured():
+    assert 0 < finetune.time_products("cpu", "float32") < 60
 
 
 def test_a_kernel_that_is_wrong_without_gradients_only_is_found():
@@ -117,7 +126,8 @@ def test_a_sound_device_passes_in_bf16():
 
 def test_a_device_that_passed_is_not_tested_again_and_one_that_failed_is(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "PROGRAM_FOLDER", tmp_path)
-    said, started, real = ['{"problem": "x"}', '{"problem": null}'], [], finetune.subprocess.run
+    answers = [{"problem": "x", "seconds": []}, {"problem": None, "seconds": [1, 2, 3]}]
+    said, started, real = list(map(json.dumps, answers)), [], finetune.subprocess.run
 
     def run(command, **options):
         if finetune.SELF_TEST not in command:  # `platform` runs uname
@@ -127,5 +137,5 @@ def test_a_device_that_passed_is_not_tested_again_and_one_that_failed_is(tmp_pat
 
     monkeypatch.setattr(finetune.subprocess, "run", run)
     outcomes = [finetune.self_test("cpu:0", "float32") for _ in range(4)]
-    assert outcomes == ["the self-test failed: x", None, None, None]
+    assert outcomes == [("the self-test failed: x", []), *[(None, [1, 2, 3])] * 3]
     assert len(started) == 2

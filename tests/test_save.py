@@ -268,7 +268,7 @@ def test_own_questions_come_first_and_both_answers_are_those_of_generate(run, ca
     assert "too long to answer" in caplog.text
     assert "question  What, in short, is a grant?" in caplog.text
     assert metrics["sample_answers"] == 9
-    assert metrics["stopped_share"] == round(sum(s.tuned.stopped for s in samples) / 9, 4)
+    assert metrics["stopped_share"] == round(sum(s["tuned"].stopped for s in samples) / 9, 4)
 
 
 # --- the model card

@@ -250,13 +250,38 @@ def test_a_current_folder_that_was_deleted_is_said(cli_environment, program, tmp
         (["check", "--sample_prompts", b"Qu\xe9?"], "encoding (UTF-8)"),
         (["self-test", "cpu", "float32"], "no command 'self-test'"),
         (["check", "--output_dir", "~nobody-here/x"], "home folder that is not there"),
-        (["check", "--nothing"], "HF_ENDPOINT is no address"),
+        (["check", "--config", "~nobody-here/x"], "--config ~nobody-here/x cannot be read"),
+        (["check", "--output_dir", "x" * 256], "a name of more than 255 bytes"),
     ],
 )
 def test_odd_arguments_are_refused_before_anything_starts(run_cli, arguments, words) -> None:
-    odd = {"HF_ENDPOINT": "http://127.0.0.1:port"}  # the hub's library fails at its import
-    done = run_cli(*(os.fsdecode(a) for a in arguments), env=odd)
+    done = run_cli(*(os.fsdecode(a) for a in arguments))
     assert done.code == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"HF_ENDPOINT": "http://127.0.0.1:port"},
+        {"HF_HUB_ETAG_TIMEOUT": ""},
+        {"TORCH_LOGS": "bogus"},
+    ],
+)
+def test_variables_that_a_library_refuses_are_told_as_that(run_cli, odd) -> None:
+    done = run_cli("check", env=odd)
+    assert done.code == 11 and "cannot be imported" in done.stderr and "HF_" in done.stderr
+
+
+def test_weights_of_whole_numbers_are_refused_by_name(tiny_model, tmp_path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    weights = load_file(base / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(weights | {name: weights[name].to(torch.int8)}, base / "model.safetensors")
+    with pytest.raises(finetune.FineTuningError, match=f"{name} are whole numbers"):
+        finetune.open_base_model(str(base))
 
 
 @pytest.mark.parametrize("odd", [{"num_attention_heads": 0}, {"pad_token_id": 99999}])
