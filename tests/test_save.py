@@ -259,10 +259,10 @@ def test_own_questions_come_first_and_both_answers_are_those_of_generate(run, ca
         with result.model.disable_adapter():
             (base,) = program.generate(result.model, data.tokenizer, prompts, max_new_tokens=64)
     samples = program.answer_samples(result, data, own, "Be brief.")
-    assert samples[0] == (own[0], None, base, tuned)
+    assert list(samples[0].values()) == [own[0], None, base, tuned]
     assert base != tuned
     assert len(samples) == 1 + 8
-    assert {s.question for s in samples[1:]} <= set(data.eval["question"])
+    assert {s["question"] for s in samples[1:]} <= set(data.eval["question"])
     with caplog.at_level("INFO", "unified_finetune"):
         metrics = program.save_results(result, data, config).metrics
     assert "too long to answer" in caplog.text
