@@ -506,7 +506,9 @@ def start_logging(folder: Path, *, verbose: bool) -> Path:
     elif not verbose:  # what libraries say goes to the file
         console.setLevel(logging.INFO)
         console.addFilter(logging.Filter("unified_finetune"))
-    logging.basicConfig(level=logging.DEBUG, handlers=[console, to_file], force=True)
+    logging.basicConfig(
+        level=logging.DEBUG, format="%(message)s", handlers=[console, to_file], force=True
+    )
     logging.captureWarnings(True)
     logging.raiseExceptions = False  # on a full disk, each record would put a traceback on stderr
     for noisy in ("botocore", "urllib3", "httpx", "httpcore", "filelock", "fsspec", "matplotlib"):
