@@ -519,26 +519,28 @@ def start_logging(folder: Path, *, verbose: bool) -> Path:
 
 def adapt_old_packages() -> None:
     """Give the packages of Intel Macs (torch 2.2, transformers 4) what the newer ones have."""
-    if transformers.__version__.startswith("4."):
-        transformers.trainer.check_torch_load_is_safe = lambda: (
-            None
-        )  # `train` reads no file of the unsafe kind
-        model, config = (
-            typing.cast("Any", transformers.PreTrainedModel),
-            typing.cast("Any", transformers.PretrainedConfig),
-        )
-        model.activation_checkpointing_enable = (
-            transformers.PreTrainedModel.gradient_checkpointing_enable
-        )
+    old: Any = transformers
+    if not old.__version__.startswith("4."):
+        return
 
-        def rope(self: Any) -> "dict[str, Any]":
-            return {
-                "rope_theta": self.rope_theta,
-                "rope_type": "default",
-                **(self.rope_scaling or {}),
-            }
+    def rope(config: Any) -> "dict[str, Any]":
+        told = {"rope_theta": config.rope_theta, "rope_type": "default"}
+        return told | (config.rope_scaling or {})
 
-        config.rope_parameters = property(rope)
+    def from_dict(cls: Any, told: "dict[str, Any]", **how: Any) -> Any:
+        rope = told.get("rope_parameters") or {}  # transformers 5 writes it
+        flat = {k: v for k, v in told.items() if k != "rope_parameters"}
+        if "rope_theta" in rope:
+            flat["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            flat["rope_scaling"] = rope
+        return read(cls, flat, **how)
+
+    read, enable = old.PretrainedConfig.from_dict.__func__, "gradient_checkpointing_enable"
+    old.PretrainedConfig.from_dict = classmethod(from_dict)
+    old.PretrainedConfig.rope_parameters = property(rope)
+    old.PreTrainedModel.activation_checkpointing_enable = getattr(old.PreTrainedModel, enable)
+    old.trainer.check_torch_load_is_safe = bool  # `train` reads no file of the unsafe kind
 
 
 def quiet_libraries() -> None:
@@ -2429,6 +2431,7 @@ def time_products(device: str, dtype: str) -> float:
 
 def run_self_test(device: str, dtype: str) -> None:
     """Print what a device gets wrong, and on a Mac how fast it is, as JSON (in a child process)."""
+    quiet_libraries()
     size = 2_000 if device == "cpu" else 32_000  # GPUs were seen to lose the ends of long sums
     kinds = ((device, dtype), (device, "bfloat16"), ("cpu", "float32")) if device == "mps" else ()
     problem = find_fault(device, dtype, 0, size)
@@ -4143,13 +4146,15 @@ class Training:
             parameter.grad = gradient
         passes = plan_passes([len(e["input_ids"]) for e in examples], self.run.budget)
         total, base = torch.zeros(1, device=args.device), typing.cast("Any", base_of(self.model))
-        base.layers_run.zero_()
+        counted = torch.zeros_like(base.layers_run)
         mine = range(args.process_index, len(passes), args.world_size)
         for number in mine:
             stop.raise_if_asked()
             seed = (args.seed * 1_000_003 + step) * 10_007 + number  # depends on nothing before it
             layout = lay_out([examples[i] for i in passes[number]], str(args.device), seed)
+            base.layers_run.zero_()
             part = pass_loss(self.model, layout) / supervised
+            counted += base.layers_run
             self.trainer.accelerator.backward(part)
             total += part.detach()
         if args.world_size > 1:  # summed, not averaged: a pass is weighted by the whole batch
@@ -4157,7 +4162,7 @@ class Training:
                 torch.distributed.all_reduce(part)
         scaler = self.trainer.accelerator.scaler
         norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in grads])
-        figures = [total[0], torch.linalg.vector_norm(norms), base.layers_run.float()]
+        figures = [total[0], torch.linalg.vector_norm(norms), counted.float()]
         loss, norm, layers = torch.stack(figures).tolist()  # waits for the device, once
         due = len(base.get_decoder().layers) * len(mine)
         if layers != due:  # the device dropped work, which leaves old numbers in its place

@@ -31,6 +31,15 @@ sys.path.insert(0, str(ROOT))  # so that tests can import the program
 FAULTS: "Counter[str]" = Counter()  # what tests inject, counted for the summary at the end
 
 
+@pytest.fixture(scope="session", autouse=True)
+def old_packages() -> None:
+    """Let tests that begin in the middle of the program find the packages of Intel Macs adapted."""
+    if sys.prefix.endswith(".venv-intel"):
+        import unified_finetune
+
+        unified_finetune.adapt_old_packages()
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Hand the counts of one of several test processes to the first one."""
     output = getattr(session.config, "workeroutput", None)  # only those of pytest-xdist have it

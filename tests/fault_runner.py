@@ -77,7 +77,7 @@ class World:
         one = ids.shape[-1] == 1
         self.event("train" if torch.is_grad_enabled() else "answer" if one else "evaluate")
         if ids.numel() > self.most_tokens:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         self.nan -= 1
         found = self.embed(ids, *args, **kwargs)
         return found if self.nan < 0 else found * float("nan")

@@ -172,7 +172,7 @@ def test_settings_come_first_and_metrics_last_also_over_an_earlier_run(run, monk
     saved = read(output, "training_config.json")
     provenance = saved.pop("provenance")
     assert saved == program.saved_settings(config)
-    assert provenance["packages"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(provenance["packages"]["torch"])
     told = (provenance[name] for name in ("identity", "data_sha256", "base_name", "base_digest"))
     assert [*told] == [{"seed": 42}, "d" * 64, data.base.name, data.base.digest]
 
