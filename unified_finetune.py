@@ -500,6 +500,7 @@ def start_logging(folder: Path, *, verbose: bool) -> Path:
         what = f"The log folder {folder} cannot be written: {error.strerror}"
         raise FineTuningError(what, "Choose another one with --log_dir FOLDER.", 2) from error
     console, to_file = SafeHandler(sys.stderr), SafeHandler(stream)
+    to_file.name = "file"
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     if not is_main_process():
         console.setLevel(logging.ERROR)
@@ -4102,7 +4103,7 @@ def watched(what: str, device: str, resume: str, usual: float = 0) -> Iterator[N
     dog = threading.Thread(target=bark, name="watchdog", daemon=True)
     dog.start()
     for handler in logging.getLogger().handlers:
-        if isinstance(handler, SafeHandler) and handler.stream is not sys.stderr:
+        if isinstance(handler, SafeHandler) and handler.name == "file":
             faulthandler.dump_traceback_later(patience, file=handler.stream)
     try:
         yield
@@ -4297,9 +4298,10 @@ class Training:
         if self.done >= self.steps or self.run.is_out_of_patience(patience):
             return
         try:
-            # PyTorch's old format can run code, whatever is asked for.
-            if not all(map(zipfile.is_zipfile, checkpoint.glob("*.pt") if checkpoint else ())):
-                raise pickle.UnpicklingError
+            # Old PyTorch can be made to run code by its old format, and by states that are not ours.
+            for path in checkpoint.glob("*.pt*") if checkpoint else ():
+                if path.suffix != ".pt" or not zipfile.is_zipfile(path):
+                    raise pickle.UnpicklingError
             self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except pickle.UnpicklingError as error:
             what = f"{checkpoint} holds Python objects where only tensors belong; none was loaded."
