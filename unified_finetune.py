@@ -4298,7 +4298,7 @@ class Training:
         if self.done >= self.steps or self.run.is_out_of_patience(patience):
             return
         try:
-            # Old PyTorch can be made to run code by its old format, and by states that are not ours.
+            # Old PyTorch runs code out of its old format, and of states that are not ours.
             for path in checkpoint.glob("*.pt*") if checkpoint else ():
                 if path.suffix != ".pt" or not zipfile.is_zipfile(path):
                     raise pickle.UnpicklingError

@@ -7,19 +7,19 @@ memory is its own too. Prints medians and ratios and writes them as JSON.
     python tests/benchmark.py                                  fp32, 6 layers, the sample data
     python tests/benchmark.py --data rows.json --precision fp32 bf16 --rounds 3
 
-Settings of all variants: micro-batch 2 x 8 = 16 examples a step, LoRA r 32 on q, k, v, o with
+Settings of both variants: micro-batch 2 x 8 = 16 examples a step, LoRA r 32 on q, k, v, o with
 dropout 0.05, AdamW, no packing, no gradient checkpointing. `plain` is SFTTrainer as it comes with
-those settings; in bf16 its base model is loaded in bf16 (its fastest set-up), and `plain-autocast`
-is the usual autocast over an fp32 base. `ours-small` grants the engine passes of about four
-examples, `ours` the full 2 x 1024 tokens.
+those settings; in bf16 its base model is loaded in bf16 (its fastest set-up).
 """
 
 import argparse
+import itertools
 import json
 import logging
 import os
 import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -31,13 +31,13 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
+VARIANTS = ("plain", "ours")
 BATCH = 16
 SETTINGS = {
     "lora_dropout": 0.05, "max_seq_length": 1024, "warmup_steps": 2, "num_train_epochs": 1,
     "logging_steps": 1, "eval_steps": 100000, "save_steps": 100000, "max_eval_examples": 1,
     "min_disk_gb": 0, "device": "cpu",
 }  # fmt: skip
-SMALL_BUDGET = 224  # tokens: about four of the real data's examples
 
 
 def build_model(layers: int, tokenizer: Path, cache: Path) -> Path:
@@ -45,8 +45,6 @@ def build_model(layers: int, tokenizer: Path, cache: Path) -> Path:
     folder = cache / f"wide-llama-{layers}"
     if (folder / "model.safetensors").is_file():
         return folder
-    import shutil
-
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -91,9 +89,7 @@ def second_of(action: Callable[[], object]) -> float:
     return time.monotonic() - started
 
 
-def run_ours(
-    model: Path, examples: "list[dict]", evaluation: "list[dict]", half: bool, budget: "int | None"
-) -> dict:
+def run_ours(model: Path, examples: "list[dict]", evaluation: "list[dict]", half: bool) -> dict:
     """Train with the program's own stage 4 and return its timings."""
     import datasets
 
@@ -104,13 +100,11 @@ def run_ours(
     given = [(name, value, "benchmark") for name, value in values.items()]
     config = program.build_record(program.FineTuningConfig, given, [])
     base = program.open_base_model(str(model))
-    # What the trainer reads of PreparedData; the tokens that a pass may hold follow from it.
-    data = types.SimpleNamespace(
+    data = types.SimpleNamespace(  # what the trainer reads of PreparedData
         train=datasets.Dataset.from_list(examples), eval=datasets.Dataset.from_list(evaluation),
-        tokenizer=base.tokenizer, base=base,
-        source=types.SimpleNamespace(sha256="benchmark"),
+        tokenizer=base.tokenizer, base=base, source=types.SimpleNamespace(sha256="benchmark"),
         quality=types.SimpleNamespace(truncated_examples=0, dropped_examples=0),
-        max_seq_length=budget // 2 if budget else config.max_seq_length,
+        max_seq_length=config.max_seq_length,
     )  # fmt: skip
 
     class Clock(logging.Handler):
@@ -123,16 +117,12 @@ def run_ours(
     report = program.PreflightReport((), "cpu", "bfloat16" if half else "float32", base)
     result = program.train_lora(data, report, config)
     tuned, tokens = result.model, result.budget
-    return {
-        "marks": marks,
-        "evaluation": second_of(lambda: program.mean_loss(tuned, data.eval, tokens, "cpu")),
-        "losses": [r["loss"] for r in result.history if "loss" in r],
-    }
+    seconds = second_of(lambda: program.mean_loss(tuned, data.eval, tokens, "cpu"))
+    losses = [r["loss"] for r in result.history if "loss" in r]
+    return {"marks": marks, "evaluation": seconds, "losses": losses}
 
 
-def run_plain(
-    model: Path, examples: "list[dict]", evaluation: "list[dict]", half: bool, autocast: bool
-) -> dict:
+def run_plain(model: Path, examples: "list[dict]", evaluation: "list[dict]", half: bool) -> dict:
     """Train with SFTTrainer as it comes and return its timings."""
     import datasets
     import torch
@@ -156,26 +146,23 @@ def run_plain(
             if logs and "loss" in logs:
                 losses.append(logs["loss"])
 
-    dtype = torch.bfloat16 if half and not autocast else torch.float32
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    arguments = SFTConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=2, bf16=half, seed=42,
+        gradient_accumulation_steps=8, num_train_epochs=1, learning_rate=2e-5, use_cpu=True,
+        weight_decay=0.01, warmup_steps=2, lr_scheduler_type="cosine", logging_steps=1,
+        activation_checkpointing=False, save_strategy="no", report_to="none", max_length=None,
+        disable_tqdm=True, per_device_eval_batch_size=8,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )  # fmt: skip
+    lora = LoraConfig(
+        r=32, lora_alpha=64, lora_dropout=0.05, task_type="CAUSAL_LM",
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+    )  # fmt: skip
+    dtype = torch.bfloat16 if half else torch.float32
     trainer = SFTTrainer(
-        model=base,
-        args=SFTConfig(
-            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=2, bf16=half, seed=42,
-            gradient_accumulation_steps=8, num_train_epochs=1, learning_rate=2e-5, use_cpu=True,
-            weight_decay=0.01, warmup_steps=2, lr_scheduler_type="cosine", logging_steps=1,
-            activation_checkpointing=False, save_strategy="no", report_to="none", max_length=None,
-            disable_tqdm=True, per_device_eval_batch_size=8,
-            dataset_kwargs={"skip_prepare_dataset": True},
-        ),
-        train_dataset=labelled(examples),
-        eval_dataset=labelled(evaluation),
-        processing_class=program.load_tokenizer(model),
-        peft_config=LoraConfig(
-            r=32, lora_alpha=64, lora_dropout=0.05, task_type="CAUSAL_LM",
-            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-        ),
-        callbacks=[Clock()],
+        AutoModelForCausalLM.from_pretrained(model, dtype=dtype), arguments,
+        train_dataset=labelled(examples), eval_dataset=labelled(evaluation),
+        processing_class=program.load_tokenizer(model), peft_config=lora, callbacks=[Clock()],
     )  # fmt: skip
     trainer.train()
     return {"marks": marks, "evaluation": second_of(trainer.evaluate), "losses": losses}
@@ -187,25 +174,17 @@ def work(args: argparse.Namespace) -> None:
     examples = tokenize_rows(model, Path(args.data), BATCH * args.steps + 64)
     evaluation, examples = examples[:64], examples[64:]
     variant, precision = args.worker.split(":")
-    if variant.startswith("ours"):
-        budget = SMALL_BUDGET if variant == "ours-small" else None
-        result = run_ours(model, examples, evaluation, precision == "bf16", budget)
-    else:
-        autocast = variant == "plain-autocast"
-        result = run_plain(model, examples, evaluation, precision == "bf16", autocast)
-    steps = [b - a for a, b in zip(result["marks"], result["marks"][1:], strict=False)]
-    tokens = [len(e["input_ids"]) for e in examples]
-    pairs = list(zip(tokens[::2], tokens[1::2], strict=True))
+    run = run_ours if variant == "ours" else run_plain
+    result = run(model, examples, evaluation, precision == "bf16")
+    tokens = [e["length"] for e in examples]
+    # The cells that padding pairs of examples computes.
+    cells = sum(2 * max(pair) for pair in zip(tokens[::2], tokens[1::2], strict=True))
     result |= {
-        "step_seconds": steps,
+        "step_seconds": [b - a for a, b in itertools.pairwise(result["marks"])],
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
-        "tokens_per_example": sum(tokens) / len(tokens),
-        "supervised_per_example": sum(e["length"] - e["spans"][0][0] for e in examples)
-        / len(examples),
-        # of the cells that padding pairs of examples computes
-        "padded_share": 0.0
-        if variant.startswith("ours")
-        else 1 - sum(tokens) / sum(2 * max(p) for p in pairs),
+        "tokens_per_example": statistics.mean(tokens),
+        "supervised_per_example": statistics.mean(e["length"] - e["spans"][0][0] for e in examples),
+        "padded_share": 0.0 if variant == "ours" else 1 - sum(tokens) / cells,
         "eval_examples": len(evaluation),
     }
     print("\n" + json.dumps(result))
@@ -242,17 +221,12 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--data", default=str(REPO / "tests/data/college_advisor_sample.json"))
-    parser.add_argument(
-        "--tokenizer",
-        default=os.environ.get("UNIFIED_FINETUNE_ASSETS", "")
-        and os.environ["UNIFIED_FINETUNE_ASSETS"] + "/tokenizers/tinyllama-1.1b-chat",
-    )
+    assets = os.environ.get("UNIFIED_FINETUNE_ASSETS", "")
+    parser.add_argument("--tokenizer", default=f"{assets}/tokenizers/tinyllama-1.1b-chat")
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
-    parser.add_argument(
-        "--steps", type=int, default=8, help="optimizer steps of each run (the first is warm-up)"
-    )
+    parser.add_argument("--steps", type=int, default=8, help="of each run; the first is warm-up")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each variant, in turn")
-    parser.add_argument("--only", nargs="+", help="these variants only")
+    parser.add_argument("--only", choices=VARIANTS, help="this variant only")
     parser.add_argument("--json", default="benchmark.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
@@ -262,21 +236,16 @@ def main() -> None:
         return
     cache = Path(tempfile.gettempdir()) / "unified-finetune-benchmark"
     model = build_model(args.layers, Path(args.tokenizer), cache)
-    report = {}
-    for precision in args.precision:
-        variants = ["plain", "ours-small", "ours"] + ["plain-autocast"] * (precision == "bf16")
-        report[precision] = compare(
-            args, model, precision, [v for v in variants if not args.only or v in args.only]
-        )
+    report = {precision: compare(args, model, precision) for precision in args.precision}
     Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
 
 
-def compare(args: argparse.Namespace, model: Path, precision: str, variants: "list[str]") -> dict:
+def compare(args: argparse.Namespace, model: Path, precision: str) -> dict:
     """Run the variants in turn and print a row for each."""
-    runs: dict[str, list[dict]] = {v: [] for v in variants}
+    runs: dict[str, list[dict]] = {v: [] for v in VARIANTS if args.only in (None, v)}
     rates = []
     for _ in range(args.rounds):
-        for variant in variants:
+        for variant in runs:
             rates.append(gemm_rate(precision))
             command = [sys.executable, __file__, "--worker", f"{variant}:{precision}"]
             command += ["--model", str(model), "--data", args.data, "--steps", str(args.steps)]
@@ -286,37 +255,33 @@ def compare(args: argparse.Namespace, model: Path, precision: str, variants: "li
             runs[variant].append(json.loads(done.stdout.strip().splitlines()[-1]))
     rate = statistics.median(rates)
     print(f"\n{precision}, {args.layers} layers, GEMM {rate:.0f} GFLOP/s, {os.cpu_count()} cores")
-    print(
-        f"{'variant':<16}{'examples/s':>11}{'ratio':>7}{'tokens/s':>10}{'padded':>8}"
-        f"{'peak GB':>9}{'of GEMM':>9}{'eval ex/s':>11}{'ratio':>7}"
+    print("variant  examples/s  ratio  tokens/s  padded  peak GB  of GEMM  eval ex/s  ratio")
+    form = (
+        "{:<7}{examples_per_second:>12.2f}{ratio:>7.2f}{tokens_per_second:>10.0f}"
+        "{padded_share:>8.1%}{peak_gb:>9.2f}{share_of_gemm:>9.1%}"
+        "{eval_examples_per_second:>11.2f}{eval_ratio:>7.2f}"
     )
     rows = {}
     for variant, results in runs.items():
         step = statistics.median(s for r in results for s in r["step_seconds"])
+        evaluation = statistics.median(r["evaluation"] for r in results)
         first = results[0]
+        tokens = first["tokens_per_example"]
+        gflop = step_gflop(args.layers, tokens, first["supervised_per_example"])
         row = {
             "examples_per_second": BATCH / step,
-            "tokens_per_second": BATCH * first["tokens_per_example"] / step,
+            "tokens_per_second": BATCH * tokens / step,
             "padded_share": first["padded_share"],
             "peak_gb": statistics.median(r["peak_gb"] for r in results),
-            "share_of_gemm": step_gflop(
-                args.layers, first["tokens_per_example"], first["supervised_per_example"]
-            )
-            / step
-            / rate,
-            "eval_examples_per_second": first["eval_examples"]
-            / statistics.median(r["evaluation"] for r in results),
+            "share_of_gemm": gflop / step / rate,
+            "eval_examples_per_second": first["eval_examples"] / evaluation,
             "losses": first["losses"],
         }
         base = rows.get("plain", row)
         row["ratio"] = row["examples_per_second"] / base["examples_per_second"]
         row["eval_ratio"] = row["eval_examples_per_second"] / base["eval_examples_per_second"]
         rows[variant] = row
-        print(
-            f"{variant:<16}{row['examples_per_second']:>11.2f}{row['ratio']:>7.2f}{row['tokens_per_second']:>10.0f}"
-            f"{row['padded_share']:>8.1%}{row['peak_gb']:>9.2f}{row['share_of_gemm']:>9.1%}"
-            f"{row['eval_examples_per_second']:>11.2f}{row['eval_ratio']:>7.2f}"
-        )
+        print(form.format(variant, **row))
     return {"gemm_gflops": rate, "layers": args.layers, "cores": os.cpu_count(), "variants": rows}
 
 

@@ -66,15 +66,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 # Whatever begins so in the developer's shell must not reach the program under test.
 FOREIGN_VARIABLES = (
-    "R2_",
-    "AWS_",
-    "HF_",
-    "HUGGING",
-    "TRANSFORMERS_",
-    "MKL_",
-    "WANDB",
-    "UNIFIED_FINETUNE_",
-)
+    "R2_", "AWS_", "HF_", "HUGGING", "TRANSFORMERS_", "MKL_", "WANDB", "UNIFIED_FINETUNE_",
+)  # fmt: skip
 FOREIGN_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTHONPATH")
 
 
@@ -89,18 +82,11 @@ class CliResult:
 
 def clean_environment(home: Path) -> "dict[str, str]":
     """Return this environment without what would change the program's behaviour."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(FOREIGN_VARIABLES) and name not in FOREIGN_NAMES
-    }
-    quiet = {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(home / "huggingface"),
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "COLUMNS": "100",
-    }
-    return {**kept, **quiet}
+    names = [name for name in os.environ if not name.startswith(FOREIGN_VARIABLES)]
+    return {name: os.environ[name] for name in names if name not in FOREIGN_NAMES} | {
+        "HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "huggingface"),
+        "AWS_EC2_METADATA_DISABLED": "true", "COLUMNS": "100",
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -133,15 +119,10 @@ def run_cli(
         timeout: float = 600,
     ) -> CliResult:
         done = subprocess.run(
-            [sys.executable, str(program), *map(str, args)],
-            env={**cli_environment, **(env or {})},
-            cwd=cwd or tmp_path,
-            input=input or "",
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            timeout=timeout,
-        )
+            [sys.executable, str(program), *map(str, args)], env={**cli_environment, **(env or {})},
+            cwd=cwd or tmp_path, input=input or "", timeout=timeout,
+            capture_output=True, text=True, encoding="utf-8",
+        )  # fmt: skip
         return CliResult(done.returncode, done.stdout, done.stderr)
 
     return call
@@ -153,10 +134,9 @@ def assets() -> Path:
     folder = os.environ.get("UNIFIED_FINETUNE_ASSETS")
     if not folder:
         pytest.skip("UNIFIED_FINETUNE_ASSETS names no folder with real models and data")
-    path = Path(folder).resolve()
-    if not path.is_dir():
+    if not Path(folder).is_dir():
         pytest.fail(f"UNIFIED_FINETUNE_ASSETS={folder} is not a folder")
-    return path
+    return Path(folder).resolve()
 
 
 @pytest.fixture(scope="session")
@@ -188,26 +168,19 @@ class S3Server:
         import boto3
         from botocore.config import Config
 
-        arguments: dict[str, Any] = {
-            "endpoint_url": self.endpoint,
-            "aws_access_key_id": self.access_key,
-            "aws_secret_access_key": self.secret_key,
-            "region_name": "auto",
-            "config": Config(
-                s3={"addressing_style": "path"},
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-            ),
-        }
+        checksums = ("request_checksum_calculation", "response_checksum_validation")
+        plain: dict[str, Any] = dict.fromkeys(checksums, "when_required")
+        arguments = {
+            "endpoint_url": self.endpoint, "region_name": "auto",
+            "aws_access_key_id": self.access_key, "aws_secret_access_key": self.secret_key,
+            "config": Config(s3={"addressing_style": "path"}, **plain),
+        }  # fmt: skip
         return boto3.client("s3", **{**arguments, **changes})
 
     def environment(self) -> "dict[str, str]":
         """Return the R2 variables that make the program use this server."""
-        return {
-            "R2_ENDPOINT_URL": self.endpoint,
-            "R2_ACCESS_KEY_ID": self.access_key,
-            "R2_SECRET_ACCESS_KEY": self.secret_key,
-        }
+        keys = {"R2_ACCESS_KEY_ID": self.access_key, "R2_SECRET_ACCESS_KEY": self.secret_key}
+        return {"R2_ENDPOINT_URL": self.endpoint, **keys}
 
 
 @dataclass(frozen=True)
@@ -253,20 +226,14 @@ def s3_server() -> Iterator[S3Server]:
     """
     python = os.environ.get("UNIFIED_FINETUNE_SWIFT_PYTHON")
     if not python:
-        pytest.skip(
-            "UNIFIED_FINETUNE_SWIFT_PYTHON names no Python with Swift; tests/run.sh sets it"
-        )
+        pytest.skip("UNIFIED_FINETUNE_SWIFT_PYTHON names no Python with Swift; see tests/run.sh")
     access, secret = "test:tester", "a-secret-of-the-tests-4f1c9b"
     with folder_for_swift() as folder:
         command = [python, "-W", "ignore", str(ROOT / "tests" / "s3_server.py")]
+        command += [str(folder), access, secret]
+        pipes: Any = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
         with (folder / "stderr.txt").open("w") as stderr:
-            process = subprocess.Popen(
-                [*command, str(folder), access, secret],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-            )
+            process = subprocess.Popen(command, **pipes, stderr=stderr, text=True)
         assert process.stdin and process.stdout
         try:
             timer = threading.Timer(60, process.kill)

@@ -52,11 +52,7 @@ class Exchange(BaseHTTPRequestHandler):
     def fetch(self, request: Request) -> Answer:
         """Ask the real server."""
         connection = http.client.HTTPConnection(self.server.upstream, timeout=30)
-        quiet = {"skip_host": True, "skip_accept_encoding": True}
-        connection.putrequest(request.method, request.path, **quiet)
-        for name, value in request.headers.items():
-            connection.putheader(name, value)
-        connection.endheaders(request.body or None)
+        connection.request(request.method, request.path, request.body or None, request.headers)
         response = connection.getresponse()
         headers = {name.lower(): value for name, value in response.getheaders()}
         answer = Answer(response.status, headers, response.read())
@@ -236,13 +232,12 @@ def ignore_range() -> Fault:
     return lambda exchange, request: exchange.send(exchange.server.whole[request.path])
 
 
-def status(code: int, s3_code: str = "") -> Fault:
+def status(code: int, s3_code: str) -> Fault:
     """Answer with an S3 error."""
-    body = f"<Error><Code>{s3_code}</Code><Message>injected</Message></Error>" if s3_code else ""
-    return say(code, body)
+    return say(code, f"<Error><Code>{s3_code}</Code><Message>injected</Message></Error>")
 
 
-def say(code: int, text: str) -> Fault:
+def say(code: int, text: str = "") -> Fault:
     """Answer with this text in the server's place."""
     answer = Answer(code, {"content-length": str(len(text.encode()))}, text.encode())
     return lambda exchange, request: exchange.send(answer)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import LlamaForCausalLM
 
+Row = dict[str, str]
 SAMPLE = Path(__file__).resolve().parent / "data" / "college_advisor_sample.json"
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
 CHAT_TEMPLATE = (
@@ -144,9 +145,7 @@ def build_demo_model(folder: Path) -> None:
         write_json(scratch / MARKER, describe(scratch))
 
 
-def pretrain(
-    model: "LlamaForCausalLM", tokenizer: "Tokenizer", rows: "list[dict[str, str]]"
-) -> None:
+def pretrain(model: "LlamaForCausalLM", tokenizer: "Tokenizer", rows: "list[Row]") -> None:
     """Train all weights for 24 passes over the rows, each in another layout at every pass."""
     import torch
 
@@ -177,7 +176,7 @@ def pretrain(
             print(f"  step {step} of {steps}, loss {loss.item():.2f}", file=sys.stderr, flush=True)
 
 
-def lay_out(row: "dict[str, str]", tokenizer: "Tokenizer", dice: random.Random) -> "list[int]":
+def lay_out(row: "Row", tokenizer: "Tokenizer", dice: random.Random) -> "list[int]":
     """Return a row as tokens, in one of the layouts and ended by `</s>`."""
     question = row["instruction"]
     if row["input"]:

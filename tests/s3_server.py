@@ -19,11 +19,6 @@ import eventlet.wsgi
 
 BACKENDS = ("account", "container", "object")
 
-SWIFT_CONF = """\
-[swift-hash]
-swift_hash_path_suffix = tests
-"""
-
 # mount_check: FOLDER is no mounted disk. fallocate_reserve: write even if the disk is nearly full.
 COMMON_SETTINGS = """\
 [DEFAULT]
@@ -44,38 +39,24 @@ pipeline = {kind}-server
 use = egg:swift#{kind}
 """
 
-# Multipart uploads need slo; the order matters.
-PROXY_CONF = """\
+# Multipart uploads need slo; the order matters. Each filter has its settings.
+FILTERS = {
+    "catch_errors": "", "gatekeeper": "", "listing_formats": "",
+    "s3api": "location = auto\ns3_acl = no\ncheck_bucket_owner = false\n",
+    "tempauth": "user_{account}_{user} = {secret} .admin\n", "bulk": "", "slo": "",
+}  # fmt: skip
+PROXY_CONF = f"""\
 [pipeline:main]
-pipeline =
-    catch_errors gatekeeper listing_formats s3api tempauth bulk slo proxy-server
-[filter:catch_errors]
-use = egg:swift#catch_errors
-[filter:gatekeeper]
-use = egg:swift#gatekeeper
-[filter:listing_formats]
-use = egg:swift#listing_formats
-[filter:s3api]
-use = egg:swift#s3api
-location = auto
-s3_acl = no
-check_bucket_owner = false
-[filter:tempauth]
-use = egg:swift#tempauth
-user_{account}_{user} = {secret} .admin
-[filter:bulk]
-use = egg:swift#bulk
-[filter:slo]
-use = egg:swift#slo
+pipeline = {" ".join(FILTERS)} proxy-server
 [app:proxy-server]
 use = egg:swift#proxy
 account_autocreate = true
-"""
+""" + "".join(f"[filter:{name}]\nuse = egg:swift#{name}\n{FILTERS[name]}" for name in FILTERS)
 
 
 def write_configuration(folder: Path, ports: "dict[str, int]", access: str, secret: str) -> None:
     """Write the configuration files of Swift and of its four servers."""
-    (folder / "swift.conf").write_text(SWIFT_CONF)
+    (folder / "swift.conf").write_text("[swift-hash]\nswift_hash_path_suffix = tests\n")
     account, user = access.split(":")
     for kind, port in ports.items():
         own = PROXY_CONF if kind == "proxy" else BACKEND_CONF
@@ -91,11 +72,9 @@ def write_rings(folder: Path, ports: "dict[str, int]") -> None:
 
     for kind in BACKENDS:
         address = {"ip": "127.0.0.1", "port": ports[kind]}
-        replication = {"replication_" + key: value for key, value in address.items()}
+        address |= {"replication_" + key: value for key, value in address.items()}
         builder = RingBuilder(part_power=1, replicas=1, min_part_hours=1)
-        builder.add_dev(
-            {"region": 1, "zone": 1, "device": "disk", "weight": 1.0, **address, **replication}
-        )
+        builder.add_dev({"region": 1, "zone": 1, "device": "disk", "weight": 1.0, **address})
         builder.rebalance()
         builder.get_ring().save(str(folder / f"{kind}.ring.gz"))
 
@@ -116,23 +95,16 @@ def main(folder: Path, access: str, secret: str) -> None:
     utils.eventlet_monkey_patch()
     (folder / "devices" / "disk").mkdir(parents=True)
     # The sockets come first: a port that is already bound cannot be taken by anyone else.
-    sockets = {
-        kind: eventlet.listen(("127.0.0.1", 0), backlog=128) for kind in (*BACKENDS, "proxy")
-    }
+    anywhere = ("127.0.0.1", 0)
+    sockets = {kind: eventlet.listen(anywhere, backlog=128) for kind in (*BACKENDS, "proxy")}
     ports = {kind: sock.getsockname()[1] for kind, sock in sockets.items()}
     write_configuration(folder, ports, access, secret)
     utils.set_swift_dir(str(folder))
     write_rings(folder, ports)
     for kind, sock in sockets.items():
         app = wsgi.loadapp(str(folder / f"{kind}-server.conf"))
-        eventlet.spawn(
-            eventlet.wsgi.server,
-            sock,
-            app,
-            utils.NullLogger(),
-            protocol=SwiftHttpProtocol,
-            capitalize_response_headers=False,  # boto3 wants ETag, not Etag
-        )
+        how = {"protocol": SwiftHttpProtocol, "capitalize_response_headers": False}  # ETag, as is
+        eventlet.spawn(eventlet.wsgi.server, sock, app, utils.NullLogger(), **how)
     print(ports["proxy"], flush=True)
     end_with_stdin()
 

@@ -115,14 +115,11 @@ def write(path: Path, content: object) -> None:
 # --- Answers
 
 
-def test_answers_are_the_lessons_to_the_letter(talk, adapter):
+def test_answers_are_the_lessons_to_the_letter_and_sampling_flags_reach_the_model(talk, adapter):
     """Greedy answers end by themselves; the base's generation_config.json has no say."""
     for system, question, answer in LESSONS:
         assert talk(adapter, prompt=question, settings={"system_prompt": system}) == answer + "\n"
-
-
-def test_sampling_flags_reach_the_model(talk, adapter):
-    """top_k 1 is greedy at any temperature; a penalty breaks a repetition; a seed repeats."""
+    # top_k 1 is greedy at any temperature; a penalty breaks a repetition; a seed repeats.
     assert talk(adapter, prompt="Who pays?", temperature=50, top_k=1) == "The state pays.\n"
     assert talk(adapter, prompt="Who pays?", temperature=0.5, top_p=1e-6) == "The state pays.\n"
     penalized = talk(adapter, prompt="Sing", max_new_tokens=20, repetition_penalty=5.0)
@@ -133,9 +130,8 @@ def test_sampling_flags_reach_the_model(talk, adapter):
     assert both == [first[:-1]] * 2
 
 
-def test_an_answer_without_an_end_fills_the_context_and_no_more(talk, adapter, caplog):
-    tokenizer = tool.open_base_model(str(adapter.parent / "base")).tokenizer
-    prompt = tool.tokenize_prompt(tokenizer, asked("Hum"))
+def test_an_answer_without_an_end_fills_the_context_and_no_more(talk, adapter, base, caplog):
+    prompt = tool.tokenize_prompt(tool.load_tokenizer(base), asked("Hum"))
     talk(adapter, prompt="Hum", max_new_tokens=10_000)
     talk(adapter, prompt="Hum", max_new_tokens=7)
     cuts = [r.getMessage() for r in caplog.records if "cut after" in r.getMessage()]
@@ -157,12 +153,16 @@ def test_fp16_on_a_cpu_is_refused_in_words(talk, adapter, monkeypatch):
 # --- The system message
 
 
-def test_the_trained_system_message_is_used(talk, copy):
-    """training_config.json names it; flags override it or leave it out."""
+def test_the_trained_system_message_is_used(talk, copy, caplog):
+    """training_config.json names it; flags and commands, in a pipe too, override it or not."""
     write(copy / "training_metrics.json", [{"loss": 1}])  # another program's do not matter
     write(copy / "training_config.json", {"system_prompt": SYSTEM})
     assert talk(copy, prompt="Who pays?") == "The college pays.\n"
     assert talk(copy, prompt="Who pays?", no_system_prompt=True) == "The state pays.\n"
+    lines = "Who pays?\n/reset\n/system\nWho pays?\n/unknown\n\n/system Be brief\n/quit\nSing\n"
+    assert talk(copy, lines) == "The college pays.\nThe state pays.\n"
+    for told in (f"System message: {SYSTEM} (", "no /unknown.", "(system message: Be brief)"):
+        assert told in caplog.text
     write(copy / "training_config.json", {"system_prompt": "Other"})
     own = {"system_prompt": SYSTEM}
     assert talk(copy, prompt="Who pays?", settings=own) == "The college pays.\n"
@@ -259,12 +259,10 @@ FAULTS: "dict[str, Any]" = {
     f"{WEIGHTS} is missing": lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"),
     "holds NaN": lambda f: edit_weights(f, lambda w, first: w[first].fill_(float("nan"))),
     "have no counterpart (base": lambda f: edit_weights(f, lambda w, first: w.pop(first)),
-    "counterpart (extra.weight)": lambda f: edit_weights(
-        f, lambda w, _: w.update({"extra.weight": ONE})
-    ),
+    "counterpart (extra.weight)": lambda f: edit_weights(f, lambda w, _: w.update(EXTRA)),
     "is not the file that training saved": exchange,
 }
-ONE = torch.ones(1)
+EXTRA = {"extra.weight": torch.ones(1)}
 
 
 @pytest.mark.parametrize("message", FAULTS)
@@ -279,25 +277,24 @@ def test_a_damaged_or_special_adapter_is_refused_by_what_is_wrong(talk, copy, me
 # --- The command line
 
 
-def test_prompt_prints_the_answer_and_nothing_else(run_cli, adapter):
-    """Stdout is the answer; a missing adapter is exit code 16, without a traceback."""
+def test_prompt_prints_the_answer_and_nothing_else(run_cli, program, cli_environment, adapter):
+    """A missing adapter or a closed pipe (`| head`) is exit code 16, without a traceback."""
     result = run_cli("chat", "--output_dir", adapter, "--prompt", "Who pays?")
     assert (result.code, result.stdout) == (0, "The state pays.\n"), result.stderr
     assert not re.search("Warning|Loading weights", result.stderr)
     result = run_cli("chat", "--output_dir", "nowhere", "--prompt", "Hi")
     assert (result.code, result.stdout) == (16, "")
     assert "There is no trained adapter in nowhere" in result.stderr
-    assert "-> Train one" in result.stderr
-    assert "Traceback" not in result.stderr
-
-
-def test_piped_lines_are_turns_of_one_conversation(talk, copy, caplog):
-    """Commands work in a pipe, and the end of input ends the chat."""
-    write(copy / "training_config.json", {"system_prompt": SYSTEM})
-    lines = "Who pays?\n/reset\n/system\nWho pays?\n/unknown\n\n/system Be brief\n/quit\nSing\n"
-    assert talk(copy, lines) == "The college pays.\nThe state pays.\n"
-    for told in (f"System message: {SYSTEM} (", "no /unknown.", "(system message: Be brief)"):
-        assert told in caplog.text
+    assert "-> Train one" in result.stderr and "Traceback" not in result.stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(program), "chat", "--output_dir", str(adapter)]
+    with open(writer, "wb") as closed:
+        how: Any = {"stdout": closed, "stderr": subprocess.PIPE, "text": True}
+        how |= {"env": cli_environment, "cwd": adapter.parent}
+        done = subprocess.run(command, **how, input="Who pays?\nWho pays?\n")
+    assert done.returncode == 16 and "stdout cannot be written" in done.stderr
+    assert not re.search("Traceback|fault of the program", done.stderr)
 
 
 def test_compare_shows_the_base_model_beside_the_adapter(talk, adapter, base, tmp_path):
@@ -312,21 +309,6 @@ def test_compare_shows_the_base_model_beside_the_adapter(talk, adapter, base, tm
     assert talk(tmp_path, "Who pays?\n") == "The state pays.\n"
     with pytest.raises(FineTuningError, match="--compare needs an adapter"):
         talk(tmp_path, prompt="Hi", compare=True)
-
-
-def test_a_closed_pipe_ends_the_chat_in_words(program, cli_environment, adapter, tmp_path):
-    """`| head` closes stdout while answers come: no traceback, no fault of the program."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = subprocess.run(
-        [sys.executable, str(program), "chat", "--output_dir", str(adapter)], text=True,
-        env=cli_environment, cwd=tmp_path, stdout=writer, stderr=-1, input="Who pays?\nWho pays?\n",
-    )  # fmt: skip
-    os.close(writer)
-    assert done.returncode == 16
-    assert "stdout cannot be written" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "fault of the program" not in done.stderr
 
 
 # --- A terminal
@@ -367,8 +349,7 @@ def test_a_chat_on_a_terminal(program, cli_environment, adapter, tmp_path):
             assert "(forgotten)" in chat.type("/reset\n", "you> ")
             chat.type("Hum\n", "mm mm mm")
             stopped = chat.type("\x03", "you> ")
-            assert "(stopped" in stopped
-            assert "(cut after" not in stopped
+            assert "(stopped" in stopped and "(cut after" not in stopped
             time.sleep(0.4)  # a sooner one would count as the echo of the first
         chat.type("/reset\n", "you> ")
         assert "The message is too long" in chat.type("word " * 600 + "\n", "Shorten it")

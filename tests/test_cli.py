@@ -73,70 +73,56 @@ def test_help_needs_no_package_and_shows_every_flag_with_either_dash(arguments):
     assert "Exit codes: 0 success, 2 bad flags" in done.stdout
 
 
-def test_the_version_is_printed_and_calls_that_start_no_run_leave_nothing(run_cli, tmp_path):
-    assert run_cli("--version") == CliResult(0, finetune.__version__ + "\n", "")
-    assert run_cli("--seed", "x").code == 2
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("version", OLD_VERSIONS)
 def test_an_old_python_is_told_in_one_line(version):
     """A real one on PATH or from pyenv, where the machine has it; otherwise this one pretends."""
     ast.parse(PROGRAM.read_text(encoding="utf-8"), feature_version=(3, 6))
-    pretend = (
-        f"import sys; sys.version_info = ({version.replace('.', ', ')}, 0, 'final', 0)\n"
-        "exec(compile(open(sys.argv[1]).read(), sys.argv[1], 'exec'))"
-    )
+    pretend = f"import sys; sys.version_info = ({version.replace('.', ', ')}, 0, 'final', 0)\n"
+    pretend += "exec(compile(open(sys.argv[1]).read(), sys.argv[1], 'exec'))"
     commands = [[sys.executable, "-c", pretend, str(PROGRAM)]]
     pyenv = (Path.home() / ".pyenv" / "versions").glob(f"{version}.*/bin/python")
     for python in filter(None, [shutil.which(f"python{version}"), *map(str, pyenv)]):
         if subprocess.run([python, "-c", "print(1)"], capture_output=True).returncode == 0:
             commands.append([python, str(PROGRAM), "check"])
+    told = r"unified_finetune\.py needs Python 3\.11 or newer, and this is Python {} \(.*\)\. "
+    told = told.format(re.escape(version)) + r"Run \./run_finetuning\.sh, [^\n]+\n"
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (1, "")
-        told = (
-            rf"and this is Python {re.escape(version)} \(.*\)\. Run \./run_finetuning\.sh, [^\n]+\n"
-        )
-        assert re.fullmatch(
-            rf"unified_finetune\.py needs Python 3\.11 or newer, {told}", done.stderr
-        )
+        assert re.fullmatch(told, done.stderr)
 
 
 # --- the settings
 
 
-def test_the_defaults_are_those_users_know():
+def test_the_defaults_are_those_users_know_none_a_secret_and_none_can_be_changed():
     config = dataclasses.asdict(FineTuningConfig())
     assert {name: config[name] for name in DEFAULTS} == DEFAULTS
-
-
-def test_no_setting_is_a_secret_and_none_can_be_changed():
     assert not re.search("secret|password|access_key|account_id|hf_token", " ".join(SETTINGS))
     with pytest.raises(dataclasses.FrozenInstanceError):
         FineTuningConfig().seed = 7  # type: ignore[misc]
 
 
-def test_dashes_and_underscores_mean_the_same_flag(parse):
-    for flag in ("--learning_rate", "--learning-rate"):
-        assert parse(flag, "1e-4").learning_rate == parse(f"{flag}=1e-4").learning_rate == 1e-4
+SPELLINGS = [  # words of the command line between bars, a setting, its value
+    *((f"--learning{sign}1e-4", "learning_rate", 1e-4) for sign in ("_rate|", "-rate|", "_rate=")),
+    ("--learning-rate=1e-4", "learning_rate", 1e-4),
+    ("--bf16|--seed|1", "bf16", True), ("--bf16|On", "bf16", True), ("--bf16=no", "bf16", False),
+    *((f"--target_modules|{names}|--seed|1", "target_modules", ("q_proj", "v_proj"))
+      for names in ("q_proj|v_proj", "q_proj,v_proj", "q_proj, v_proj")),
+    ("--max_eval_examples|6", "max_eval_examples", 6),
+    *((f"--max_eval_examples|{word}", "max_eval_examples", None)
+      for word in ("none", "None", "null", "")),
+    *((f"--{name}|~/x", name, "/home/me/x")
+      for name in ("output_dir", "cache_dir", "log_dir", "model_name", "data_path")),
+]  # fmt: skip
 
 
-def test_a_switch_takes_a_word_and_a_list_commas_or_spaces(parse):
-    for arguments, on in (("--bf16 --seed 1", True), ("--bf16 On", True), ("--bf16=no", False)):
-        assert parse(*arguments.split()).bf16 is on
-    for names in (["q_proj", "v_proj"], ["q_proj,v_proj"], ["q_proj, v_proj"]):
-        config = parse("--target_modules", *names, "--seed", 1)
-        assert config.target_modules == ("q_proj", "v_proj")
-
-
-def test_an_optional_setting_can_be_set_back_to_nothing(parse, tmp_path):
+def test_flags_and_values_may_be_spelt_in_several_ways(parse, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
     (tmp_path / "c.json").write_text('{"max_eval_examples": 5}')
-    for word, value in {"5": 5, "none": None, "None": None, "null": None, "": None}.items():
-        assert parse("--config", "c.json", "--max_eval_examples", word).max_eval_examples == value
-
-
-def test_train_is_the_command_that_is_meant_by_none():
+    for words, name, value in SPELLINGS:
+        assert getattr(parse("--config", "c.json", *words.split("|")), name) == value, words
+    assert "a home folder that is not there" in refusal(parse, "--log_dir", "~nobody-here/x")
     assert [finetune.parse_command_line(call)[0] for call in ([], ["train"])] == ["train"] * 2
 
 
@@ -154,21 +140,15 @@ def test_flags_win_over_environment_over_config_file_over_defaults(parse, tmp_pa
     assert flagged.r2_bucket_name == "from-flag"
 
 
-ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "cp1252")
-
-
-@pytest.mark.parametrize(
-    ("shell", "encoding"), [("from-shell", "utf-8"), *((None, name) for name in ENCODINGS)]
-)
-def test_dotenv_of_any_editor_is_read_and_the_shell_wins_over_it(
-    run_cli, tmp_path, shell, encoding
-):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "cp1252", None])
+def test_dotenv_of_any_editor_is_read_and_the_shell_wins_over_it(run_cli, tmp_path, encoding):
     text = "# Schlüssel\nR2_BUCKET_NAME='from-dötenv'\n"
-    (tmp_path / ".env").write_bytes(text.encode(encoding))
-    env = {"R2_BUCKET_NAME": shell} if shell else {}
+    (tmp_path / ".env").write_bytes(text.encode(encoding or "utf-8"))
+    name = "from-dötenv" if encoding else "from-shell"
+    env = {} if encoding else {"R2_BUCKET_NAME": name}
     result = run_cli("check", "--verbose", "--data_path", "missing.json", env=env)
     assert result.code == 11
-    assert f"setting r2_bucket_name = '{shell or 'from-dötenv'}' (R2_BUCKET_NAME)" in result.stderr
+    assert f"setting r2_bucket_name = '{name}' (R2_BUCKET_NAME)" in result.stderr
 
 
 # --- --config
@@ -189,13 +169,13 @@ system_prompt: "Ä counselor: yes"
 """
 
 
-@pytest.mark.parametrize("name", ["c.yaml", "C.YML"])
-def test_json_and_yaml_say_the_same(parse, tmp_path, name):
+def test_json_and_yaml_say_the_same(parse, tmp_path):
     (tmp_path / "c.json").write_text(json.dumps(CONFIG), encoding="utf-8-sig")
-    (tmp_path / name).write_text(YAML, encoding="utf-8-sig")  # a byte order mark does no harm
     (tmp_path / "empty.yaml").write_text("# nothing yet\n")
     config = parse("--config", "c.json")
-    assert config == parse("--config", name)
+    for name in ("c.yaml", "C.YML"):
+        (tmp_path / name).write_text(YAML, encoding="utf-8-sig")  # a byte order mark does no harm
+        assert config == parse("--config", name)
     assert (config.bf16, config.gradient_checkpointing) == (True, "off")
     assert config.system_prompt == "Ä counselor: yes"
     assert parse("--config", "empty.yaml") == FineTuningConfig()
@@ -231,9 +211,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "content", "told"), REFUSED)
-def test_a_wrong_file_or_value_is_named_with_what_was_expected(
-    parse, tmp_path, name, content, told
-):
+def test_a_wrong_file_or_value_is_named_and_what_fits(parse, tmp_path, name, content, told):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     message = refusal(parse, "--config", name)
@@ -241,56 +219,50 @@ def test_a_wrong_file_or_value_is_named_with_what_was_expected(
     assert message.startswith("1 problem with the settings:")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        ("--lora_r 0", "--lora_r: lora_r must be at least 1, not '0'"),
-        ("--lora_dropout 1", "lora_dropout must be below 1"),
-        ("--train_split 0", "train_split must be above 0"),
-        ("--seed -1", "seed must be at least 0"),
-        ("--seed 4294967296", "seed must be at most 4294967295"),
-        ("--min_data_quality_score 85", "min_data_quality_score must be at most 1"),
-        ("--gradient_accumulation_steps 1e30", "gradient_accumulation_steps must be at most 2147"),
-        ("--optim adamw_torc", "did you mean 'adamw_torch'?"),
-        ("--output_dir=", "output_dir must not be empty"),
-        ("--train_split 0.95", "train_split 0.95 and eval_split 0.1 add up to more than 1"),
-        ("--fp16 --bf16", "fp16 and bf16 exclude each other"),
-        ("--fp16 --device cpu", "fp16 works on NVIDIA GPUs only"),
-        ("--see 1", "unknown argument '--see'"),  # flags are never abbreviated
-        ("--seed", "--seed: expected one argument"),
-        ("--output", "unknown argument '--output', did you mean '--output_dir'?"),
-        ("--sample_prompts Qu\udce9?", "must be text in this terminal's encoding (UTF-8)"),
-        ("self-test cpu float32", "there is no command 'self-test'"),
-        ("chekc", "no command 'chekc', did you mean 'check'? (commands: train, check"),
-        ("zzz", "there is no command 'zzz' (commands: train, check, data, chat, export)"),
-        ("--zzz", "1 problem with the settings:\n  - unknown argument '--zzz'"),  # nothing is near
-    ],
-)
+@pytest.mark.parametrize(("arguments", "told"), [
+    ("--lora_r 0", "--lora_r: lora_r must be at least 1, not '0'"),
+    ("--lora_dropout 1", "lora_dropout must be below 1"),
+    ("--train_split 0", "train_split must be above 0"),
+    ("--seed -1", "seed must be at least 0"),
+    ("--seed 4294967296", "seed must be at most 4294967295"),
+    ("--min_data_quality_score 85", "min_data_quality_score must be at most 1"),
+    ("--gradient_accumulation_steps 1e30", "gradient_accumulation_steps must be at most 2147"),
+    ("--optim adamw_torc", "did you mean 'adamw_torch'?"),
+    ("--output_dir=", "output_dir must not be empty"),
+    ("--train_split 0.95", "train_split 0.95 and eval_split 0.1 add up to more than 1"),
+    ("--fp16 --bf16", "fp16 and bf16 exclude each other"),
+    ("--fp16 --device cpu", "fp16 works on NVIDIA GPUs only"),
+    ("--see 1", "unknown argument '--see'"),  # flags are never abbreviated
+    ("--seed", "--seed: expected one argument"),
+    ("--output", "unknown argument '--output', did you mean '--output_dir'?"),
+    ("--sample_prompts Qu\udce9?", "must be text in this terminal's encoding (UTF-8)"),
+    ("self-test cpu float32", "there is no command 'self-test'"),
+    ("chekc", "no command 'chekc', did you mean 'check'? (commands: train, check"),
+    ("zzz", "there is no command 'zzz' (commands: train, check, data, chat, export)"),
+    ("--zzz", "1 problem with the settings:\n  - unknown argument '--zzz'"),  # nothing is near
+])  # fmt: skip
 def test_what_is_impossible_or_typed_wrongly_is_refused(parse, arguments, told):
     assert told in refusal(parse, *arguments.split())
 
 
-def test_everything_wrong_is_told_in_one_message_on_stderr(run_cli, tmp_path):
+def test_everything_wrong_is_told_in_one_message_and_no_file_is_left(run_cli, tmp_path):
+    assert run_cli("--version") == CliResult(0, finetune.__version__ + "\n", "")
     (tmp_path / "c.json").write_text('{"lora_rank": 4, "warmup_steps": "many"}')
     wrong = ["--learning_rat", "1", "--seed", "x", "--lora-r", "0", "--optim", "adam"]
     result = run_cli("check", "--config", "c.json", *wrong)
     assert (result.code, result.stdout) == (2, "")
     assert "7 problems with the settings" in result.stderr
     for told in (
-        "c.json: there is no setting 'lora_rank'",
-        "c.json: warmup_steps must be a whole number, not 'many'",
+        "c.json: there is no setting 'lora_rank'", "c.json: warmup_steps must be a whole number",
         "unknown argument '--learning_rat', did you mean '--learning_rate'?",
         "--lora_r: lora_r must be at least 1, not '0'",
-    ):
+    ):  # fmt: skip
         assert told in result.stderr
     assert result.stderr.splitlines()[-1].startswith("-> python unified_finetune.py --help lists")
-
-
-def test_a_log_folder_that_cannot_be_made_is_a_fault_of_the_settings(run_cli, tmp_path):
-    (tmp_path / "file").touch()
-    result = run_cli("check", "--log_dir", "file/logs")
+    result = run_cli("check", "--log_dir", "c.json/logs")
     assert (result.code, result.stdout) == (2, "")
-    assert "The log folder file/logs cannot be written" in result.stderr
+    assert "The log folder c.json/logs cannot be written" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
 
 
 # --- saved settings
@@ -333,17 +305,10 @@ def test_saved_settings_give_the_same_configuration_again(tmp_path_factory, draw
     assert dataclasses.replace(again, **{n: getattr(config, n) for n in SWITCHES}) == config
 
 
-def test_a_setting_of_an_earlier_version_is_named_and_does_no_harm(run_cli, tmp_path):
-    (tmp_path / "c.json").write_text('{"plausibility_rules": null, "seed": 7}')
-    arguments = ["check", "--data_path", "missing.json", "--min_disk_gb", 0]
-    result = run_cli(*arguments, "--config", "c.json")
-    assert result.code == 11 and "plausibility_rules in c.json is no longer used" in result.stderr
-    assert run_cli(*arguments, "--plausibility_rules", "x").code == 2
+ANYTHING = st.text() | st.integers() | st.floats() | st.lists(st.text())
 
 
-@given(
-    st.sampled_from(sorted(SETTINGS)), st.text() | st.integers() | st.floats() | st.lists(st.text())
-)
+@given(st.sampled_from(sorted(SETTINGS)), ANYTHING)
 def test_any_value_is_either_taken_or_refused_in_words(name, value):
     try:
         build([(name, value, "here")])
@@ -351,20 +316,12 @@ def test_any_value_is_either_taken_or_refused_in_words(name, value):
         assert "here: " + name in str(refused) or "split" in name
 
 
-def test_a_tilde_is_the_home_folder(parse, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    for name in ("output_dir", "cache_dir", "log_dir", "model_name", "data_path"):
-        assert getattr(parse(f"--{name}", "~/x"), name) == "/home/me/x"
-    assert "a home folder that is not there" in refusal(parse, "--log_dir", "~nobody-here/x")
-
-
 # --- secrets and the log
 
 SECRETS = {
-    "R2_ACCESS_KEY_ID": "0123456789abcdef0123456789abcdef",
-    "R2_SECRET_ACCESS_KEY": "fedcba98" * 8,
+    "R2_ACCESS_KEY_ID": "0123456789abcdef" * 2, "R2_SECRET_ACCESS_KEY": "fedcba98" * 8,
     "HF_TOKEN": "hf_abcdefghijklmnopqrstuvwxyz",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("source", ["shell", ".env"])
@@ -402,9 +359,13 @@ def test_a_secret_that_a_library_logs_is_hidden_in_its_traceback_too(tmp_path, c
     assert secret not in written
 
 
-def test_every_run_has_its_own_log_file_with_times_and_details(run_cli, tmp_path):
+def test_every_run_has_a_log_file_and_a_setting_of_an_earlier_version_is_named(run_cli, tmp_path):
+    (tmp_path / "c.json").write_text('{"plausibility_rules": null, "seed": 7}')
+    arguments = ["check", "--data_path", "missing.json", "--min_disk_gb", 0]
     for _ in range(2):
-        run_cli("check", "--data_path", "missing.json", "--min_disk_gb", 0)
+        result = run_cli(*arguments, "--config", "c.json")
+    assert result.code == 11 and "plausibility_rules in c.json is no longer used" in result.stderr
+    assert run_cli(*arguments, "--plausibility_rules", "x").code == 2
     files = list((tmp_path / "logs" / "finetuning").iterdir())
     assert len(files) == 2
     for path in files:
@@ -415,38 +376,25 @@ def test_every_run_has_its_own_log_file_with_times_and_details(run_cli, tmp_path
 # --- signals
 
 
-@pytest.fixture
-def main_that_runs(monkeypatch, tmp_path, capsys):
-    """Return a function that calls main with other work in a command's place: code and stderr."""
-
-    def call(work):
-        monkeypatch.setattr(finetune.stop, "number", 0)  # put back after the test
-        monkeypatch.setattr(finetune, "execute", work)
-        return finetune.main(["check", "--log_dir", str(tmp_path)]), capsys.readouterr().err
-
-    return call
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_that_a_library_turns_into_an_error_still_is_it(main_that_runs, number, code):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_a_library_swallows_still_is_it(monkeypatch, tmp_path, capsys, number):
     def import_something(*_):
         try:
             signal.raise_signal(number)
         except BaseException as error:
             raise ImportError("initialization failed") from error
 
-    ended, shown = main_that_runs(import_something)
-    assert ended == code and "Stopped by" in shown
-
-
-def test_a_signal_that_is_lost_in_a_destructor_ends_the_stage(main_that_runs):
     class Fragile:
         def __del__(self):
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
 
-    def execute(*_):
+    def lose_it_in_a_destructor(*_):
         with finetune.stage(3, "prepare"):
             Fragile()
 
-    ended, shown = main_that_runs(execute)
-    assert ended == 143 and "Stopped by SIGTERM" in shown and "Traceback" not in shown
+    for work in (import_something, lose_it_in_a_destructor):
+        monkeypatch.setattr(finetune.stop, "number", 0)  # put back after the test
+        monkeypatch.setattr(finetune, "execute", work)
+        assert finetune.main(["check", "--log_dir", str(tmp_path)]) == 128 + number
+        shown = capsys.readouterr().err
+        assert "Stopped by" in shown and "Traceback" not in shown

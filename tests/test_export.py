@@ -1,12 +1,15 @@
 """Export: the merged folder and the GGUF are, token for token, what was trained."""
 
 import errno
+import functools
+import itertools
 import json
 import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import gguf
 import pytest
@@ -72,15 +75,9 @@ def export(adapter: Path, target: Path, format: str, outtype: str = "f32", **mor
 
 @pytest.fixture(scope="session")
 def exported(adapter, tmp_path_factory):
-    """Return a function that exports the adapter once per format and number type."""
-    folder, done = tmp_path_factory.mktemp("exported"), {}
-
-    def get(format: str, outtype: str) -> Path:
-        if (format, outtype) not in done:
-            done[format, outtype] = export(adapter, folder / f"{format}-{outtype}", format, outtype)
-        return done[format, outtype]
-
-    return get
+    """Return a function that exports the adapter as GGUF, once per number type."""
+    folder = tmp_path_factory.mktemp("exported")
+    return functools.cache(lambda outtype: export(adapter, folder / outtype, "gguf", outtype))
 
 
 def read(path: Path) -> "dict[str, Any]":
@@ -200,8 +197,8 @@ def test_merged_folder_has_what_other_programs_read(base, moved, tmp_path):
     (base / "generation_config.json").write_text('{"no_repeat_ngram_size": 2, "bos_token_id": 1}')
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     edit_json(base / "config.json", rope_parameters=rope)
-    folder, tokenizer = tmp_path / "merged", program.load_tokenizer(base)
-    export(moved, folder, "merged", "f16")
+    tokenizer = program.load_tokenizer(base)
+    folder = export(moved, tmp_path / "merged", "merged", "f16")
     config = read(folder / "config.json")
     assert (config["rope_theta"], config["rope_parameters"]) == (10000.0, rope)
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
@@ -234,11 +231,11 @@ def test_gguf_read_back_by_transformers_gives_the_logits_of_peft(exported, adapt
     """In f32 to the bit; rounded ones differ by what their format explains, not by zero."""
     merged = with_adapter(adapter).merge_and_unload()
     if outtype == "f32":  # transformers does not read bf16, so its tensors are compared
-        found, output = tensors_of(exported("gguf", "bf16")), "model.layers.1.self_attn.o_proj"
+        found, output = tensors_of(exported("bf16")), "model.layers.1.self_attn.o_proj"
         rounded = merged.get_submodule(output).weight.bfloat16().float()
         assert torch.equal(found["blk.1.attn_output.weight"], rounded)
         assert torch.equal(found["output_norm.weight"], merged.model.norm.weight)
-    exact, path = logits(merged), exported("gguf", outtype)
+    exact, path = logits(merged), exported(outtype)
     found = logits(load(path.parent, gguf_file=path.name))
     difference = float((found - exact).norm() / exact.norm())
     assert difference <= bound
@@ -247,7 +244,7 @@ def test_gguf_read_back_by_transformers_gives_the_logits_of_peft(exported, adapt
 
 def test_gguf_metadata(exported, tiny_model):
     """Architecture, tokenizer, template and model card are inside, and no path of this machine."""
-    reader = gguf.GGUFReader(exported("gguf", "q8_0"))
+    reader = gguf.GGUFReader(exported("q8_0"))
     fields = {name: field.contents() for name, field in reader.fields.items()}
     expected = {
         "general.architecture": "llama", "general.name": "counselor", "general.file_type": 7,
@@ -287,10 +284,9 @@ def check_with_llama_cpp(adapter: Path, path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     base = read(adapter / "adapter_config.json")["base_model_name_or_path"]
     model, tokenizer = with_adapter(adapter), program.load_tokenizer(Path(base))
-    llama = llama_cpp.Llama(
-        str(path), n_ctx=512, logits_all=True, verbose=False, n_threads=1,
-        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
-    )  # fmt: skip
+    exact_cache = dict.fromkeys(("type_k", "type_v"), llama_cpp.GGML_TYPE_F32)
+    options = {"n_ctx": 512, "logits_all": True, "verbose": False, "n_threads": 1}
+    llama = llama_cpp.Llama(str(path), **options, **exact_cache)
     for chat in CHATS:
         # llama.cpp removes the BOS of a template that writes one, since it adds its own.
         text = program.render_chat(tokenizer, chat, answer_next=True).removeprefix("<s>")
@@ -305,23 +301,24 @@ def check_with_llama_cpp(adapter: Path, path: Path) -> None:
         assert (torch.tensor(llama.scores[: len(ids)]) - exact).abs().max() < 1e-3
         (answer,) = program.generate(model, tokenizer, [ids], max_new_tokens=40)
         llama.reset()
-        tokens: list[int] = []
-        for token in llama.generate(ids, temp=0.0, repeat_penalty=1.0):
-            if token == llama.token_eos() or len(tokens) == 40:
-                break
-            tokens.append(token)
-        assert tokens == list(answer.token_ids)
+        endless = llama.generate(ids, temp=0.0, repeat_penalty=1.0)
+        tokens = itertools.takewhile(lambda token: token != llama.token_eos(), endless)
+        assert list(itertools.islice(tokens, 40)) == list(answer.token_ids)
 
 
 def test_llama_cpp_serves_the_tiny_adapter_as_trained(exported, adapter):
-    check_with_llama_cpp(adapter, exported("gguf", "f32"))
+    check_with_llama_cpp(adapter, exported("f32"))
+
+
+def save_llama(base: Path, **changes: Any) -> None:
+    """Give a base's folder other weights, of a Llama that is the tiny one but for these changes."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**read(base / "config.json") | changes)).save_pretrained(base)
 
 
 def test_llama_cpp_serves_odd_tokenizers_and_templates(base, tmp_path):
     """Named templates, a BOS in the template, an added token, embeddings without a token."""
-    torch.manual_seed(0)
-    shape = {**read(base / "config.json"), "vocab_size": 608}
-    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(base)
+    save_llama(base, vocab_size=608)
     tokenizer = program.load_tokenizer(base)
     tokenizer.add_tokens(["net"], special_tokens=True)  # in every fifth chat
     tokenizer.save_pretrained(base)
@@ -333,16 +330,11 @@ def test_llama_cpp_serves_odd_tokenizers_and_templates(base, tmp_path):
     check_with_llama_cpp(adapter, path)
 
 
-def test_llama_cpp_splits_text_like_tinyllamas_tokenizer(assets, tmp_path):
+def test_llama_cpp_splits_text_like_tinyllamas_tokenizer(assets, base, tmp_path):
     """The real tokenizer of 32,000 pieces, on a small model of random weights."""
-    base = Path(shutil.copytree(assets / "tokenizers/tinyllama-1.1b-chat", tmp_path / "base"))
-    base.chmod(0o755)
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=32000, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-    )  # fmt: skip
-    LlamaForCausalLM(shape).save_pretrained(base)
+    for path in (assets / "tokenizers/tinyllama-1.1b-chat").iterdir():
+        shutil.copyfile(path, base / path.name)
+    save_llama(base, vocab_size=32000)
     adapter = save_adapter(base, tmp_path / "adapter")
     check_with_llama_cpp(adapter, export(adapter, tmp_path / "gguf", "gguf"))
 
@@ -353,11 +345,8 @@ def test_llama_cpp_splits_text_like_tinyllamas_tokenizer(assets, tmp_path):
 def go_render(template: str, messages: "list[dict[str, str]]") -> str:
     """Render what Modelfiles here use of Go's text/template: one range, .Role and .Content."""
     found = re.fullmatch(r"\{\{- range \.Messages \}\}(.*)\{\{ end \}\}(.*)", template, re.S)
-    assert found
-    text = ""
-    for m in messages:
-        text += found[1].replace("{{ .Role }}", m["role"]).replace("{{ .Content }}", m["content"])
-    return text + found[2]
+    turn = found[1].replace("{{ .Role }}", "{role}").replace("{{ .Content }}", "{content}")
+    return "".join(turn.format(**message) for message in messages) + found[2]
 
 
 CHATML = (
@@ -374,11 +363,9 @@ def test_the_modelfile_renders_what_the_chat_template_renders(base, tmp_path, te
     adapter, tokenizer = save_adapter(base, tmp_path / "counselor"), program.load_tokenizer(base)
     path = export(adapter, tmp_path / "out", "gguf", "q8_0", system_prompt=SYSTEM)
     text = (path.parent / "Modelfile").read_text()
-    found = re.search(r'^TEMPLATE """(.*?)"""$', text, re.S | re.M)
-    assert found
+    (shown,) = re.findall(r'^TEMPLATE """(.*?)"""$', text, re.S | re.M)
     for chat in CHATS:
-        expected = program.render_chat(tokenizer, chat, answer_next=True)
-        assert go_render(found[1], chat) == expected
+        assert go_render(shown, chat) == program.render_chat(tokenizer, chat, answer_next=True)
     assert text.startswith("FROM ./counselor-q8_0.gguf\n")
     assert f'\nSYSTEM """{SYSTEM}"""\n' in text
     assert "\nPARAMETER num_ctx 512\n" in text
@@ -386,15 +373,12 @@ def test_the_modelfile_renders_what_the_chat_template_renders(base, tmp_path, te
     assert re.findall('^PARAMETER stop "(.*)"$', text, re.M) == ["</s>", *starts]
 
 
-@pytest.mark.parametrize(
-    ("template", "system", "reason"),
-    [
-        ("{% for m in messages %}{{ loop.index }}. {{ m.content }}\n{% endfor %}", None, "more"),
-        ("{% for m in messages %}[{{ m.role }}] {{ m.content|trim }}\n{% endfor %}", None, "more"),
-        (None, 'Say """hello""".', 'cannot hold """'),
-        (None, "Family: \U0001f469\u200d\U0001f393", "invisible characters"),
-    ],
-)
+@pytest.mark.parametrize(("template", "system", "reason"), [
+    ("{% for m in messages %}{{ loop.index }}. {{ m.content }}\n{% endfor %}", None, "more"),
+    ("{% for m in messages %}[{{ m.role }}] {{ m.content|trim }}\n{% endfor %}", None, "more"),
+    (None, 'Say """hello""".', 'cannot hold """'),
+    (None, "Family: \U0001f469\u200d\U0001f393", "invisible characters"),
+])  # fmt: skip
 def test_what_ollama_would_serve_otherwise_gets_no_modelfile(
     base, tmp_path, caplog, template, system, reason, fake_ollama
 ):
@@ -416,10 +400,8 @@ def fake_ollama(tmp_path, monkeypatch):
     """Put an `ollama` into the PATH that notes how it was called; it fails where `fail` exists."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "ollama").write_text(
-        f'#!/bin/sh\necho "$*" >> {folder}/calls\n'
-        f"if [ -e {folder}/fail ]; then echo could not connect >&2; exit 1; fi\n"
-    )
+    fail = f"if [ -e {folder}/fail ]; then echo could not connect >&2; exit 1; fi"
+    (folder / "ollama").write_text(f'#!/bin/sh\necho "$*" >> {folder}/calls\n{fail}\n')
     (folder / "ollama").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     return folder
@@ -490,8 +472,8 @@ def test_what_cannot_be_exported_is_refused_by_name(base, moved, tmp_path, messa
 
 
 @pytest.mark.parametrize("format", ["merged", "gguf"])
-def test_an_export_is_replaced_only_with_overwrite(adapter, tmp_path, monkeypatch, format):
-    """And not begun where the disk cannot hold it."""
+def test_an_export_is_replaced_with_overwrite_and_whole(adapter, tmp_path, monkeypatch, format):
+    """Not begun where the disk cannot hold it; spared by a full disk or Ctrl-C in the middle."""
     with monkeypatch.context() as broken:
         usage = shutil.disk_usage(tmp_path)._replace(free=50_000)
         broken.setattr(shutil, "disk_usage", lambda path: usage)
@@ -500,13 +482,21 @@ def test_an_export_is_replaced_only_with_overwrite(adapter, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
     path = export(adapter, tmp_path / "out", format)
     marked = path / "config.json" if format == "merged" else path
-    before = marked.read_bytes()
-    marked.write_bytes(before + b"\n")
+    good = marked.read_bytes()
+    marked.write_bytes(good + b"\n")
+    before = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     with pytest.raises(FineTuningError, match="exists already; --overwrite"):
         export(adapter, tmp_path / "out", format)
-    assert marked.read_bytes() == before + b"\n"
+    for failure in (OSError(errno.ENOSPC, "full"), KeyboardInterrupt()):
+        with monkeypatch.context() as broken:  # while files are made safe
+            broken.setattr(os, "fsync", Mock(side_effect=failure))
+            with pytest.raises((KeyboardInterrupt, FineTuningError)) as raised:
+                export(adapter, tmp_path / "out", format, overwrite=True)
+        assert isinstance(raised.value, KeyboardInterrupt) is isinstance(failure, KeyboardInterrupt)
+        assert {file: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
     export(adapter, tmp_path / "out", format, overwrite=True)
-    assert marked.read_bytes() == before
+    assert marked.read_bytes() == good
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -525,26 +515,6 @@ def test_overwrite_never_deletes_what_this_program_did_not_write(base, moved, tm
             export(moved, place, format, overwrite=True)
     assert [sorted(path.name for path in place.iterdir()) for place in places] == before
     assert export(checkpoint, tmp_path / "of it", "gguf").is_file()
-
-
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
-@pytest.mark.parametrize("format", ["merged", "gguf"])
-def test_a_failure_in_the_middle_spares_the_old_export(
-    adapter, tmp_path, monkeypatch, failure, format
-):
-    """A full disk or Ctrl-C while files are made safe: the earlier export stays whole."""
-    path = export(adapter, tmp_path / "out", format)
-    files = [path] if path.is_file() else sorted(path.iterdir())
-    before = [file.read_bytes() for file in files]
-
-    def fail(handle: int) -> None:
-        raise failure
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(KeyboardInterrupt if failure.args == () else FineTuningError):
-        export(adapter, tmp_path / "out", format, overwrite=True)
-    assert [file.read_bytes() for file in files] == before
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_export_trains_nothing_and_says_how_to_serve_the_file(run_cli, adapter, tmp_path):

@@ -8,11 +8,13 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,15 +43,20 @@ class Child:
     pid: int
     console: Path
 
+    def wait_until(self, what: str, condition: "Callable[[], bool]") -> None:
+        """Wait until something is true."""
+        for _ in range(12_000):
+            if condition():
+                return
+            time.sleep(0.005)
+        os.kill(self.pid, signal.SIGKILL)
+        raise AssertionError(f"it did not {what}:\n{self.text()}")
+
     def wait(self) -> int:
         """Return the exit code, negative for the signal that ended it."""
         code = Path(f"{self.console}.code")
-        for _ in range(12_000):
-            if code.exists():
-                return int(code.read_text())
-            time.sleep(0.005)
-        os.kill(self.pid, signal.SIGKILL)
-        raise AssertionError(f"it did not end:\n{self.text()}")
+        self.wait_until("end", code.exists)
+        return int(code.read_text())
 
     def text(self) -> str:
         """Return what it has printed."""
@@ -57,11 +64,7 @@ class Child:
 
     def wait_until_stuck(self) -> None:
         """Wait until a fault has stopped it in its tracks."""
-        for _ in range(6000):
-            if "stuck" in self.text():
-                return
-            time.sleep(0.01)
-        raise AssertionError(f"it is not stuck:\n{self.text()}")
+        self.wait_until("get stuck", lambda: "stuck" in self.text())
 
     def cpu_seconds(self) -> "float | None":
         """Return how long it has computed, or None when it has ended."""
@@ -126,14 +129,10 @@ def runner(tmp_path_factory, tiny_model, sample_data):
     rows = [row for row in rows if len(row["output"]) < 160 and not row["input"]][:35]
     folder = tmp_path_factory.mktemp("data")
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    with subprocess.Popen(
-        [sys.executable, "-W", "ignore", ROOT / "tests" / "fault_runner.py", tiny_model],
-        env={**clean_environment(folder), "CUDA_VISIBLE_DEVICES": ""},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as server:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    environment = {**clean_environment(folder), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-W", "ignore", ROOT / "tests" / "fault_runner.py", tiny_model]
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as server:
         files = ["--model_name", str(tiny_model), "--data_path", str(folder / "rows.json")]
         yield Runner(server, files)
         server.stdin.close()
@@ -178,8 +177,7 @@ def checkpoints(folder: Path) -> "list[str]":
 
 def check_words(text: str, code: int) -> None:
     """Check that a run that failed says so in words: what happened, then what to do."""
-    assert "Traceback" not in text
-    assert "Unexpected" not in text, text
+    assert "Traceback" not in text and "Unexpected" not in text, text
     assert "\n-> " in text or not 0 < code < 128
 
 
@@ -405,10 +403,8 @@ def test_a_second_signal_leaves_at_once_from_a_hang_in_c(runner, calm, tmp_path,
     assert runner.finish(tmp_path) == calm.adapter
 
 
-@pytest.mark.parametrize(
-    ("module", "number", "code"), [("torch", 2, 130), ("torch.nn", 15, 143), ("datasets", 1, 129)]
-)
-def test_a_signal_during_an_import_ends_the_run(runner, program, tmp_path, module, number, code):
+@pytest.mark.parametrize(("module", "number"), [("torch", 2), ("torch.nn", 15), ("datasets", 1)])
+def test_a_signal_during_an_import_ends_the_run(runner, program, tmp_path, module, number):
     ambush = f"""
 import os, runpy, sys
 class Ambush:
@@ -424,7 +420,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     FAULTS["a signal during an import"] += 1
     check_words(done.stderr, done.returncode)
-    assert (done.returncode, "Stopped by" in done.stderr) == (code, True), done.stderr
+    assert (done.returncode, "Stopped by" in done.stderr) == (128 + number, True), done.stderr
 
 
 def test_a_second_run_on_the_same_folder_is_refused(runner, calm, tmp_path):
@@ -440,13 +436,10 @@ def test_a_second_run_on_the_same_folder_is_refused(runner, calm, tmp_path):
 
 
 def test_memory_that_runs_out_takes_smaller_passes_and_the_result_is_right(runner, tmp_path):
-    small = "world.most_tokens = 250"
     losses, adapters = [], []
-    for number, faults in enumerate(
-        ([], [fault("train", small, step=3)], [fault("evaluate", small, step=3)])
-    ):
-        folder = tmp_path / str(number)
-        runner.finish(folder, "--lora_dropout", 0, faults=faults)
+    for event in ("never", "train", "evaluate"):
+        folder, small = tmp_path / event, fault(event, "world.most_tokens = 250", step=3)
+        runner.finish(folder, "--lora_dropout", 0, faults=[small])
         losses.append([metrics_of(folder)[name] for name in ("eval_loss", "eval_loss_before")])
         adapters.append(safetensors.torch.load_file(folder / "out" / "adapter_model.safetensors"))
     FAULTS["memory that runs out"] += 2
@@ -469,19 +462,17 @@ def test_early_stopping_counts_on_after_an_interruption(runner, tmp_path):
     assert again["best_step"] == metrics["best_step"]
 
 
-@pytest.mark.parametrize(
-    ("event", "step", "number", "code"), [("mkdir", 3, 1, 14), ("evaluate", STEPS, 4, 15)]
-)
-def test_a_disk_that_is_really_full_loses_nothing(
-    runner, calm, tmp_path, event, step, number, code
-):
+@pytest.mark.parametrize(("code", "event", "when"), [
+    (14, "mkdir", {"step": 3}), (15, "evaluate", {"step": STEPS, "number": 4}),
+])  # fmt: skip
+def test_a_disk_that_is_really_full_loses_nothing(runner, calm, tmp_path, code, event, when):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk]
     if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root on Linux can mount a small disk")
     try:
-        ended, text = runner.end(disk, faults=[fault(event, FULL, step=step, number=number)])
+        ended, text = runner.end(disk, faults=[fault(event, FULL, **when)])
         FAULTS["a disk that is really full"] += 2
         assert ended == code, text
         assert any(words in text for words in ("0 B are free", "quota) is full"))
@@ -524,12 +515,6 @@ def plant_state(path: Path) -> None:
     path.with_name(finetune.MANIFEST).write_text(json.dumps(manifest))
 
 
-def test_the_planted_pickle_would_work(tmp_path):
-    plant_pickle(tmp_path / "x.bin", tmp_path / "executed")
-    pickle.loads((tmp_path / "x.bin").read_bytes())
-    assert (tmp_path / "executed").is_dir()
-
-
 LAST = "checkpoint-6/"
 PASSED_OVER, REFUSED = (0, "checkpoint-6 is passed over"), (14, "only tensors belong")
 FOLDERS = {
@@ -563,11 +548,8 @@ def test_a_damaged_folder_is_told_and_never_used(runner, calm, tmp_path, case):
         check_sound(tmp_path / "out")
     if code == 0:
         metrics = metrics_of(tmp_path)
-        resumed_from = 8 if "finished" in case else 3
-        assert (metrics["resumed_from_step"], metrics["adapter_sha256"]) == (
-            resumed_from,
-            calm.adapter,
-        )
+        assert metrics["resumed_from_step"] == (8 if "finished" in case else 3)
+        assert metrics["adapter_sha256"] == calm.adapter
 
 
 def plant_weights(model: Path, evidence: Path) -> None:
@@ -643,6 +625,8 @@ def test_an_adapter_in_a_pickle_is_never_loaded(runner, calm, tmp_path, whole):
         assert code == (0 if whole else 16), text
         assert whole or "never read from pickles" in text
     assert not (tmp_path / "executed").exists()
+    pickle.loads((tmp_path / "out" / "adapter_model.bin").read_bytes())
+    assert (tmp_path / "executed").is_dir()  # the planted pickle would work
 
 
 # --- machines: a device that fails its test, a Mac
@@ -664,10 +648,7 @@ CHILDREN = {
     "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)": "hung",
     "import os; os.kill(os.getpid(), 11)": "crashed (exit code -11",
     "raise RuntimeError('MPS backend: no kernel')": "MPS backend: no kernel",
-    "": "gave no answer",
-    "print('{]')": "gave no answer",
-    "print('null')": "gave no answer",
-    "print('{}')": "gave no answer",
+    **dict.fromkeys(("", "print('{]')", "print('null')", "print('{}')"), "gave no answer"),
     'print(\'{"problem": "it gave nan", "seconds": []}\')': "it gave nan",
 }
 

@@ -131,20 +131,15 @@ def test_arguments_reach_the_program_verbatim_and_help_before_any_install(projec
     assert told(project.start())["args"] == []
 
 
-def test_paths_are_the_caller_s_and_the_venv_is_the_project_s(project: Project, tmp_path: Path):
-    link = tmp_path / "link"  # to the launcher, called from elsewhere
+def test_the_program_takes_the_launcher_s_place_where_it_is_called(project, tmp_path):
+    link, elsewhere = tmp_path / "link", tmp_path / "else where"
     link.symlink_to(Path("a project's folder") / "run_finetuning.sh")
-    elsewhere = tmp_path / "else where"
     elsewhere.mkdir()
-    said = subprocess.check_output([link], cwd=elsewhere, env={"PATH": str(project.bin)})
-    assert json.loads(said)["cwd"] == str(elsewhere)
-    assert list(elsewhere.iterdir()) == []
-    assert project.venv.is_dir()
-
-
-def test_the_program_takes_the_launcher_s_place(project: Project):
-    first = project.start()
-    assert len(first.stdout.splitlines()) == 1 and "Installing" in first.stderr  # not on stdout
+    environment = {"PATH": str(project.bin)}
+    done = subprocess.run([link], cwd=elsewhere, env=environment, capture_output=True, text=True)
+    assert "Installing" in done.stderr  # not on stdout
+    assert json.loads(done.stdout)["cwd"] == str(elsewhere)
+    assert list(elsewhere.iterdir()) == [] and project.venv.is_dir()
     process = project.popen()
     assert json.loads(process.communicate(timeout=60)[0])["pid"] == process.pid
     for code in (0, 11, 130, -signal.SIGTERM):
@@ -164,35 +159,26 @@ def test_the_second_start_is_silent_and_calls_neither_venv_nor_pip(project: Proj
     assert (second.code, second.stderr, project.calls()) == (0, "", before)
 
 
-@pytest.mark.parametrize("pip_is_there", [True, False])
-def test_changed_requirements_go_into_the_same_venv_if_it_has_pip(project: Project, pip_is_there):
+NEW_PIN = "echo some-package==1.1 >../requirements-finetuning.txt"
+NO_PIP = f'#!/bin/bash\n[ "$1" = -m ] && exit 1\nexec {sys.executable} "$@"'
+
+
+@pytest.mark.parametrize(("change", "venvs"), [
+    (NEW_PIN, 1),
+    (f"{NEW_PIN}; echo '{NO_PIP}' >bin/python", 2),
+    ("ln -sf /nowhere/python3.12 bin/python", 2),
+    ("echo 'no program at all' >bin/python", 2),
+    ("rm -r *", 2),
+    ("rm installed.txt", 2),
+    ("sed -i.old '1s/^[A-Za-z]* [^,]*/Darwin x86_64/' installed.txt", 2),  # came from an Intel Mac
+    ("mv installed.txt old; sed '1s/Python.*/Python 3.4/' old >installed.txt", 2),
+])  # fmt: skip
+def test_new_requirements_go_into_a_whole_venv_and_another_one_is_made_anew(project, change, venvs):
     project.start()
-    (project.root / "requirements-finetuning.txt").write_text("some-package==1.1\n")
-    if not pip_is_there:
-        without = f'#!/bin/bash\n[ "$1" = -m ] && exit 1\nexec {sys.executable} "$@"\n'
-        (project.venv / "bin" / "python").write_text(without)
-    said = "requirements-finetuning.txt has changed" if pip_is_there else "making it anew"
+    subprocess.run(change, shell=True, cwd=project.venv, check=True)
+    said = "making it anew" if venvs == 2 else "requirements-finetuning.txt has changed"
     assert said in project.start().stderr
-    assert project.installs() == (1 if pip_is_there else 2, 2)
-    assert project.start().stderr == ""
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        "ln -sf /nowhere/python3.12 bin/python",
-        "echo 'no program at all' >bin/python",
-        "rm -r *",
-        "rm installed.txt",
-        "sed -i.old '1s/^[A-Za-z]* [^,]*/Darwin x86_64/' installed.txt",  # came from an Intel Mac
-        "mv installed.txt old; sed '1s/Python.*/Python 3.4/' old >installed.txt",
-    ],
-)
-def test_a_half_made_or_foreign_venv_is_made_anew(project: Project, damage: str):
-    project.start()
-    subprocess.run(damage, shell=True, cwd=project.venv, check=True)
-    assert "making it anew" in project.start().stderr
-    assert (project.start().stderr, project.installs()) == ("", (2, 2))
+    assert (project.start().stderr, project.installs()) == ("", (venvs, 2))
 
 
 def test_a_new_place_makes_a_new_venv_and_a_new_spelling_does_not(project: Project, tmp_path: Path):
@@ -209,18 +195,8 @@ def test_a_new_place_makes_a_new_venv_and_a_new_spelling_does_not(project: Proje
 def test_an_install_that_was_killed_or_failed_is_never_taken_for_a_finished_one(project: Project):
     project.add_python(pip="kill -9 $PPID; sleep 0.2; exit 1")
     assert project.start().code == -signal.SIGKILL
-    project.add_python(pip="echo 'ERROR: no such package' >&2; exit 1")
-    failure = "pip could not install requirements-finetuning.txt"
-    refused(project.start(), "making it anew", "no such package", failure, "-> Check the network")
-    project.add_python()
-    assert "making it anew" in project.start().stderr
-    assert project.installs() == (3, 3)
-
-
-def test_ctrl_c_during_the_install_is_no_failed_install(project: Project):
     waiting = project.root / "waiting"
-    code = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(60)"
-    project.add_python(pip=f"trap 'exit 1' INT; '{sys.executable}' -c '{code}' \"{waiting}\"")
+    project.add_python(pip=f"trap 'exit 1' INT; : >\"{waiting}\"; sleep 60")
     process = project.popen()
     while not waiting.exists():
         assert process.poll() is None
@@ -229,6 +205,12 @@ def test_ctrl_c_during_the_install_is_no_failed_install(project: Project):
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "Stopped." in stderr and "could not install" not in stderr
+    project.add_python(pip="echo 'ERROR: no such package' >&2; exit 1")
+    failure = "pip could not install requirements-finetuning.txt"
+    refused(project.start(), "making it anew", "no such package", failure, "-> Check the network")
+    project.add_python()
+    assert "making it anew" in project.start().stderr
+    assert project.installs() == (4, 4)
 
 
 def test_two_launchers_at_once_install_once(project: Project):
@@ -240,19 +222,17 @@ def test_two_launchers_at_once_install_once(project: Project):
     assert sum("waiting for it" in stderr for _, stderr in ends) == 1
 
 
-def test_what_is_in_the_way_is_named_and_left_alone(project: Project):
-    for name, said in (("cache", "cannot be written"), ("venv_finetune", "is in the way")):
-        shutil.rmtree(project.root / "cache", ignore_errors=True)
-        (project.root / name).write_text("precious")
-        refused(project.start(), said)
-        assert (project.root / name).read_text() == "precious"
-        (project.root / name).unlink()
-
-
-def test_a_real_venv_is_made_and_used(bare_project: Project):
+def test_a_real_venv_is_made_and_used_and_what_is_in_the_way_is_left_alone(bare_project: Project):
+    root = bare_project.root
     (bare_project.bin / "python3").symlink_to(sys.executable)
-    (bare_project.root / "requirements-finetuning.txt").write_text("# nothing\n")
-    (bare_project.root / "unified_finetune.py").write_text("import sys; print(sys.prefix)")
+    for name, said in (("cache", "cannot be written"), ("venv_finetune", "is in the way")):
+        shutil.rmtree(root / "cache", ignore_errors=True)
+        (root / name).write_text("precious")
+        refused(bare_project.start(), said)
+        assert (root / name).read_text() == "precious"
+        (root / name).unlink()
+    (root / "requirements-finetuning.txt").write_text("# nothing\n")
+    (root / "unified_finetune.py").write_text("import sys; print(sys.prefix)")
     for _ in range(2):
         done = bare_project.start()
         assert (done.code, done.stdout) == (0, f"{bare_project.venv}\n"), done.stderr
@@ -272,27 +252,22 @@ FOR_INTEL = py("3.12.1", f"import bz2, ctypes, ensurepip, lzma, ssl, venv; {ON_I
 LINUX, APPLE, INTEL = "Linux x86_64", "Darwin arm64", "Darwin x86_64"
 
 
-@pytest.mark.parametrize(
-    ("system", "macos", "pretend", "said"),
-    [
-        (LINUX, "", py("3.9.6"), ["is 3.9.6\n", "3.11 to 3.14. ", "sudo apt", "sudo dnf"]),
-        (LINUX, "", py("3.10.14"), ["is 3.10.14\n", "python3.13 is not there", "astral.sh/uv"]),
-        (LINUX, "", py("3.12.1", 'sys.modules["ensurepip"] = None'), ["apt install python3.12-"]),
-        (LINUX, "", py("3.12.1", 'sys.modules["_ssl"] = None'), ["without ssl (install openssl"]),
-        (APPLE, "14.0", py("3.14.2"), []),
-        (APPLE, "26.1", py("3.11.0"), []),
-        (APPLE, "15.2", py("3.15.0"), ["is 3.15.0\n", "3.11 to 3.14. ", "brew install"]),
-        (APPLE, "15.2", FOR_INTEL, ["is 3.12.1, built for Intel Macs", "brew install"]),
-        (APPLE, "13.6.1", py("3.12.1"), ["has macOS 13.6.1", "for macOS 14 and", "-> Update"]),
-        (INTEL, "12.7", FOR_INTEL, []),
-        (INTEL, "15.2", py("3.13.0"), ["is 3.13.0\n", "3.11 to 3.12. ", "brew install"]),
-        (INTEL, "11.7.10", py("3.12.1"), ["has macOS 11.7.10", "for macOS 12 and", "-> Update"]),
-        (INTEL, "Rosetta", py("3.12.1"), ["Rosetta", "-> Start with: arch -arm64 "]),
-    ],
-)
-def test_a_machine_or_a_python_that_does_not_fit_is_told_why_and_what_would(
-    bare_project: Project, system: str, macos: str, pretend: str, said: "list[str]"
-):
+@pytest.mark.parametrize(("system", "macos", "pretend", "said"), [
+    (LINUX, "", py("3.9.6"), ["is 3.9.6\n", "3.11 to 3.14. ", "sudo apt", "sudo dnf"]),
+    (LINUX, "", py("3.10.14"), ["is 3.10.14\n", "python3.13 is not there", "astral.sh/uv"]),
+    (LINUX, "", py("3.12.1", 'sys.modules["ensurepip"] = None'), ["apt install python3.12-"]),
+    (LINUX, "", py("3.12.1", 'sys.modules["_ssl"] = None'), ["without ssl (install openssl"]),
+    (APPLE, "14.0", py("3.14.2"), []),
+    (APPLE, "26.1", py("3.11.0"), []),
+    (APPLE, "15.2", py("3.15.0"), ["is 3.15.0\n", "3.11 to 3.14. ", "brew install"]),
+    (APPLE, "15.2", FOR_INTEL, ["is 3.12.1, built for Intel Macs", "brew install"]),
+    (APPLE, "13.6.1", py("3.12.1"), ["has macOS 13.6.1", "for macOS 14 and", "-> Update"]),
+    (INTEL, "12.7", FOR_INTEL, []),
+    (INTEL, "15.2", py("3.13.0"), ["is 3.13.0\n", "3.11 to 3.12. ", "brew install"]),
+    (INTEL, "11.7.10", py("3.12.1"), ["has macOS 11.7.10", "for macOS 12 and", "-> Update"]),
+    (INTEL, "Rosetta", py("3.12.1"), ["Rosetta", "-> Start with: arch -arm64 "]),
+])  # fmt: skip
+def test_what_does_not_fit_is_told_why_and_what_would(bare_project, system, macos, pretend, said):
     bare_project.add_python("python3", pretend=pretend)
     bare_project.add_tool("uname", f"echo {system}")
     bare_project.add_tool("sw_vers", f'[ "$*" = -productVersion ] && echo {macos}')
@@ -305,14 +280,7 @@ def test_a_machine_or_a_python_that_does_not_fit_is_told_why_and_what_would(
     assert len(result.stderr.splitlines()) <= 24
 
 
-def test_the_best_fitting_python_is_taken(bare_project: Project):
-    for name in ("python3", "python3.11", "python3.14"):
-        bare_project.add_python(name, pip=f"echo {name}")
-    bare_project.add_tool("python3.13", "echo 'pyenv: not found' >&2; exit 127")
-    assert "\npython3.11\n" in bare_project.start().stderr
-
-
-def test_uv_is_asked_when_no_python_fits(bare_project: Project):
+def test_the_best_fitting_python_is_taken_and_uv_asked_when_none_fits(bare_project: Project):
     bare_project.add_python("python3", pretend=py("3.9.6"))
     bare_project.add_tool("uv", "echo 'error: no network' >&2; exit 2")
     refused(bare_project.start(), "error: no network", "uv could not get one", "-> Get one")
@@ -322,6 +290,12 @@ def test_uv_is_asked_when_no_python_fits(bare_project: Project):
     bare_project.add_tool("uv", f"{note}\n{answer}")
     told(bare_project.start())
     asked = [f"uv only-managed python {verb} 3.12" for verb in ("install", "find")]
+    assert bare_project.calls("uv") == asked
+    shutil.rmtree(bare_project.venv)
+    for name in ("python3", "python3.11", "python3.14"):
+        bare_project.add_python(name, pip=f"echo {name}")
+    bare_project.add_tool("python3.13", "echo 'pyenv: not found' >&2; exit 127")
+    assert "\npython3.11\n" in bare_project.start().stderr
     assert bare_project.calls("uv") == asked
 
 
@@ -349,10 +323,9 @@ def test_linux_takes_the_cpu_build_of_torch_unless_there_is(project: Project, re
     assert (index in install) is (reason is None and not Path("/dev/nvidiactl").exists())
 
 
-@pytest.mark.parametrize(
-    ("system", "torch", "numpy"),
-    [(LINUX, "2.13.0", "2."), (APPLE, "2.14.1", "2."), (INTEL, "2.2.2", "1.")],
-)
+@pytest.mark.parametrize(("system", "torch", "numpy"), [
+    (LINUX, "2.13.0", "2."), (APPLE, "2.14.1", "2."), (INTEL, "2.2.2", "1."),
+])  # fmt: skip
 def test_each_machine_gets_one_exact_version_of_each_package(system: str, torch: str, numpy: str):
     lines = (ROOT / "requirements-finetuning.txt").read_text().splitlines()
     pins = [Requirement(pin) for line in lines if (pin := line.split("#")[0].strip())]
@@ -402,9 +375,7 @@ def test_the_whole_demo_on_the_real_program(project: Project, tmp_path: Path):
     assert "Making the demo's base model" not in again.stderr
 
 
-def test_a_demo_model_is_built_again_when_it_is_not_whole_or_not_of_this_sample(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-):
+def test_a_demo_model_is_built_again_when_not_whole_or_outdated(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(make_demo_model, "pretrain", lambda *args: None)  # takes a minute
     folder = tmp_path / "cache" / "demo_model"
     (tmp_path / "cache" / ".demo_model.new").mkdir(parents=True)  # a build that was killed
@@ -418,8 +389,7 @@ def test_a_demo_model_is_built_again_when_it_is_not_whole_or_not_of_this_sample(
         assert make_demo_model.main(folder) == 0 and make_demo_model.is_current(folder)
     assert {path.name for path in folder.parent.iterdir()} == {"demo_model", "demo_model.lock"}
     monkeypatch.setattr(make_demo_model, "SAMPLE", tmp_path / "sample.json")
-    row = '[{"instruction": "Why?", "input": "", "output": "Because."}]'
-    make_demo_model.SAMPLE.write_text(row)
+    make_demo_model.SAMPLE.write_text("[]")
     assert not make_demo_model.is_current(folder)
     capsys.readouterr()
     assert make_demo_model.main(make_demo_model.SAMPLE / "demo_model") == 1

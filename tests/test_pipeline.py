@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import stat
 from pathlib import Path
 
 import pytest
@@ -37,8 +36,7 @@ def check_result(output: Path) -> dict:
     assert metrics.keys() >= METRICS
     assert metrics["eval_loss"] < metrics["eval_loss_before"]
     assert metrics["adapter_sha256"] == finetune.sha256_of(output / "adapter_model.safetensors")
-    mode = stat.S_IMODE((output / "adapter_model.safetensors").stat().st_mode)
-    assert mode == 0o644
+    assert (output / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o644
     quality = json.loads((output / "quality_report.json").read_text())
     used = metrics["train_examples"] + metrics["eval_examples"] + metrics["dropped_examples"]
     assert used == quality["total_examples"]
@@ -46,11 +44,12 @@ def check_result(output: Path) -> dict:
     assert share == pytest.approx(quality["quality_score"])
     tokenizer = json.loads((output / "tokenizer_config.json").read_text())
     assert "<|assistant|>" in tokenizer["chat_template"]
+    check_adapter(output)
     return metrics
 
 
-def loaded_logits(output: Path) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Load the adapter as any user of peft would; return logits without and with it."""
+def check_adapter(output: Path) -> None:
+    """Load the adapter as any user of peft would: it changes the logits."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -60,7 +59,7 @@ def loaded_logits(output: Path) -> "tuple[torch.Tensor, torch.Tensor]":
     with torch.inference_mode():
         after = model.eval()(input_ids=ids).logits
         with model.disable_adapter():
-            return model(input_ids=ids).logits, after
+            assert (model(input_ids=ids).logits - after).abs().max() > 0.01
 
 
 def test_from_the_bucket_to_an_adapter_and_the_second_run_has_nothing_to_do(
@@ -69,18 +68,15 @@ def test_from_the_bucket_to_an_adapter_and_the_second_run_has_nothing_to_do(
     environment = bucket.environment()
     bucket.put("multi_source/training_datasets/college_alpaca.json", sample_data.read_bytes())
     arguments = (*RUN, "--model_name", tiny_model, "--output_dir", "out")
-    first = run_cli(*arguments, env=environment, cwd=tmp_path)
-    assert first.code == 0, first.stderr
-    assert first.stdout == "out\n"
+    first = run_cli(*arguments, env=environment)
+    assert (first.code, first.stdout) == (0, "out\n"), first.stderr
     for number, name in enumerate(("preflight", "download", "prepare", "train", "save"), 1):
         assert f"[{number}/5] {name}" in first.stderr
     check_result(tmp_path / "out")
-    before, after = loaded_logits(tmp_path / "out")
-    assert (before - after).abs().max() > 0.01
     for text in (first.stderr, *(p.read_text() for p in (tmp_path / "logs").rglob("*.log"))):
         assert environment["R2_SECRET_ACCESS_KEY"] not in text
         assert "Traceback" not in text
-    second = run_cli(*arguments, env=environment, cwd=tmp_path)
+    second = run_cli(*arguments, env=environment)
     assert (second.code, second.stdout) == (0, "out\n")
     assert "cached copy is current" in second.stderr
     assert "This run is finished" in second.stderr
@@ -91,10 +87,10 @@ def test_training_config_repeats_the_run_byte_for_byte(run_cli, tiny_model, samp
     rows[7]["output"] = "word " * 200_000  # a megabyte: left out and named
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     files = ("--model_name", tiny_model, "--data_path", "rows.json")
-    first = run_cli(*RUN, *files, "--output_dir", "a", cwd=tmp_path)
+    first = run_cli(*RUN, *files, "--output_dir", "a")
     assert first.code == 0, first.stderr
     shutil.copy(tmp_path / "a/training_config.json", tmp_path / "again.json")
-    second = run_cli("--config", "again.json", "--output_dir", "b", "--yes", cwd=tmp_path)
+    second = run_cli("--config", "again.json", "--output_dir", "b", "--yes")
     assert second.code == 0, second.stderr
     one, two = (finetune.sha256_of(tmp_path / d / "adapter_model.safetensors") for d in "ab")
     assert one == two
@@ -111,26 +107,22 @@ def test_real_data_lowers_the_loss_of_a_real_model(run_cli, assets, tmp_path, na
     epochs = "0.35" if name.endswith("jsonl") else "0.1"
     result = run_cli(
         *RUN, "--model_name", model, "--data_path", assets / "data" / name, "--output_dir", "out",
-        "--num_train_epochs", epochs, cwd=tmp_path,
+        "--num_train_epochs", epochs,
     )  # fmt: skip
     assert result.code == 0, result.stderr
     metrics = check_result(tmp_path / "out")
     assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.3
-    before, after = loaded_logits(tmp_path / "out")
-    assert (before - after).abs().max() > 0.01
+
+
+def write_rows(path: Path, instruction: object, output: object) -> None:
+    path.write_text(json.dumps([{"instruction": instruction, "output": output}] * 20))
 
 
 BAD_INPUT = {  # what stands in the file is tests/test_prepare.py's
     "empty file": (lambda p: p.write_text(""), "empty"),
     "truncated JSON": (lambda p: p.write_text('[{"instruction": "a", "outp'), "line 1"),
-    "only empty outputs": (
-        lambda p: p.write_text(json.dumps([{"instruction": "q", "output": ""}] * 20)),
-        "None of the 20 rows is usable",
-    ),
-    "numbers for text": (
-        lambda p: p.write_text(json.dumps([{"instruction": i, "output": i} for i in range(20)])),
-        "None of the 20 rows is usable",
-    ),
+    "only empty outputs": (lambda p: write_rows(p, "q", ""), "None of the 20 rows is usable"),
+    "numbers for text": (lambda p: write_rows(p, 1, 1), "None of the 20 rows is usable"),
     "a folder": (lambda p: p.mkdir(), "rows.json"),
     "no such file": (lambda p: None, "No such file"),
 }  # fmt: skip
@@ -141,9 +133,7 @@ def test_bad_input_ends_with_its_own_message(run_cli, tiny_model, tmp_path, case
     make, words = BAD_INPUT[case]
     make(tmp_path / "rows.json")
     flags = [flag for flag in RUN if flag != "--yes"]
-    result = run_cli(*flags, "--model_name", tiny_model, "--data_path", "rows.json", cwd=tmp_path)
+    result = run_cli(*flags, "--model_name", tiny_model, "--data_path", "rows.json")
     assert result.code in (11, 12, 13), result.stderr
-    assert "Traceback" not in result.stderr
-    assert words in result.stderr
-    assert "->" in result.stderr
-    assert result.stdout == ""
+    assert words in result.stderr and "->" in result.stderr
+    assert "Traceback" not in result.stderr and result.stdout == ""

@@ -25,16 +25,14 @@ def visit(tmp_path):
 
     def open_page(page: Path) -> "tuple[str, str, list[str]]":
         log = tmp_path / "net.json"
-        done = subprocess.run(
-            [
-                BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
-                "--disable-background-networking", "--disable-dev-shm-usage", "--dump-dom",
-                "--disable-component-update", "--disable-sync", "--disable-extensions",
-                "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr",
-                f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}", page.as_uri(),
-            ],
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+        command = [
+            BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
+            "--disable-background-networking", "--disable-dev-shm-usage", "--dump-dom",
+            "--disable-component-update", "--disable-sync", "--disable-extensions",
+            "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr",
+            f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}", page.as_uri(),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
         asked = re.findall(r'"url":"(https?://[^"]*)"', log.read_text())
@@ -67,38 +65,30 @@ def report(make_report):
     return make_report(sample_prompts=asked, metrics={"periodic_eval_examples": 5})
 
 
-def test_the_page_loads_nothing_and_a_script_in_the_data_is_text(report, visit):
+def test_the_page_loads_and_runs_nothing_even_if_something_is_not_escaped(report, tmp_path, visit):
     dom, console, requests = visit(report)
     assert (console, requests) == ("", [])
-    assert not re.search(r"<(script|img|iframe|object|embed|base|form)\b", dom)
+    assert not re.search(r"<(script|img|iframe|object|embed|base|form)\b|@import", dom)
     assert not re.search(r"""<[^>]*\b(src|href)=["']?https?:""", dom)
-    assert "@import" not in dom
     assert dom.count("&lt;script&gt;document.title='taken over'&lt;/script&gt;") >= 3
     assert set(re.findall(r"url\((.)", dom)) <= {"#"}  # clip paths of the charts
-
-
-def test_what_escaping_would_let_through_is_stopped_by_the_policy(report, tmp_path, visit):
     loose = "<script>document.title='ran';console.error('oh')</script>"
     loose += "<img src=http://example.org/y>"
     page = tmp_path / "page.html"
     page.write_text(f"<title>x</title>{loose}")
     dom, console, requests = visit(page)  # without a policy: this test can see what goes wrong
-    assert "<title>ran" in dom
-    assert "oh" in console
-    assert "http://example.org/y" in requests
+    assert "<title>ran" in dom and "oh" in console and "http://example.org/y" in requests
     page.write_text(report.read_text(encoding="utf-8").replace("</main>", loose))
     dom, console, requests = visit(page)
-    assert "<title>ran" not in dom
-    assert requests == []
+    assert "<title>ran" not in dom and requests == []
     assert "Content Security Policy" in console
 
 
-def test_the_charts_have_axes_and_words_and_take_their_colours_from_the_page(report):
+def test_everything_is_on_the_page_and_the_charts_take_their_colours_from_it(report):
     text = report.read_text(encoding="utf-8")
     charts = dict(re.findall(r"<figcaption>(.*?)</figcaption>(<svg.*?</svg>)", text, re.S))
-    assert list(charts) == [
-        "Loss", "Learning rate", "Gradient norm", "Tokens per row", "Answer tokens per row",
-    ]  # fmt: skip
+    names = "Loss, Learning rate, Gradient norm, Tokens per row, Answer tokens per row"
+    assert list(charts) == names.split(", ")
     for chart in charts.values():
         words = [e.text for e in ElementTree.fromstring(chart).iter() if e.tag.endswith("text")]
         assert len(words) >= 4, "numbers at both axes"
@@ -106,12 +96,7 @@ def test_the_charts_have_axes_and_words_and_take_their_colours_from_the_page(rep
         assert not re.search("#[0-9a-f]{6}", chart.replace("#000000", "")), "a colour of its own"
     for word in ("training rows", "held-out rows", "held-out, base model", "best, step 4"):
         assert word in charts["Loss"]
-    assert "prefers-color-scheme:dark" in text
-    assert "@media print" in text
-
-
-def test_everything_is_on_the_page(report):
-    text = report.read_text(encoding="utf-8")
+    assert "prefers-color-scheme:dark" in text and "@media print" in text
     metrics = json.loads((report.parent / "training_metrics.json").read_text())
     quality = json.loads((report.parent / "quality_report.json").read_text())
     supervised, masked = quality["supervised_tokens"], quality["unsupervised_tokens"]
@@ -139,6 +124,5 @@ HISTORIES = {
 def test_a_run_of_any_length_has_a_small_page(make_report, length):
     pages = [make_report(history=HISTORIES[length]) for _ in range(2)]
     one, two = (re.findall("<svg.*?</svg>", page.read_text("utf-8"), re.S) for page in pages)
-    assert len(one) == 5
-    assert one == two
+    assert len(one) == 5 and one == two
     assert pages[0].stat().st_size < 200_000

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,11 +25,10 @@ METRICS: "dict[str, Any]" = {
 def course(evals: "list[float]", train: "list[float]", rate: float = 2e-4) -> "list[dict]":
     """Make records of a run: an evaluation every 50 steps, a loss each step."""
     steps = 50 * len(evals) or len(train)
-    records = [
-        {"step": n + 1, "loss": train[n * len(train) // steps], "grad_norm": 1.0,
-         "learning_rate": rate * (1 - n / steps)}
-        for n in range(steps)
-    ]  # fmt: skip
+    records: list[dict] = []
+    for n in range(steps):
+        values = {"loss": train[n * len(train) // steps], "learning_rate": rate * (1 - n / steps)}
+        records.append({"step": n + 1, "grad_norm": 1.0, **values})
     return records + [{"step": 50 * n, "eval_loss": loss} for n, loss in enumerate(evals, 1)]
 
 
@@ -82,8 +82,7 @@ def test_a_saved_adapter_has_been_read_back_and_its_figures_are_kept(run, dtype)
     artifacts = program.save_results(result, data, config)
     metrics = read(artifacts.adapter_dir, "training_metrics.json")
     assert metrics == json.loads(json.dumps(artifacts.metrics))
-    assert metrics["reloaded_logit_error"] < 1e-6
-    assert metrics["adapter_logit_effect"] > 1e-3
+    assert metrics["reloaded_logit_error"] < 1e-6 and metrics["adapter_logit_effect"] > 1e-3
     assert metrics["adapter_tensors"] == 2 * 2 * result.model.config.num_hidden_layers
     written = artifacts.adapter_dir / "adapter_model.safetensors"
     assert metrics["adapter_sha256"] == program.sha256_of(written)
@@ -123,28 +122,19 @@ def test_a_file_that_is_not_what_was_trained_is_not_saved(run, monkeypatch, word
         FAULTS[words](Path(path))
 
     monkeypatch.setattr(safetensors.torch, "save_file", write)
-    with pytest.raises(program.FineTuningError) as refused:
+    with pytest.raises(program.FineTuningError, match=words) as refused:
         program.save_results(result, data, config)
     assert "THE ADAPTER FAILED ITS TEST. IT IS NOT SAVED" in str(refused.value)
-    assert words in str(refused.value)
     assert "run the same command again" in refused.value.hint
     assert names(config.output_dir) == ["checkpoint-2"]
 
 
-def test_a_learning_rate_of_zero_ends_with_exit_15_in_big_letters(
-    run_cli, tiny_model, sample_data, tmp_path
-):
-    result = run_cli(
-        "--device", "cpu", "--model_name", tiny_model, "--data_path", sample_data, "--yes",
-        "--max_seq_length", 512, "--num_train_epochs", 0.05, "--output_dir", "out",
-        "--min_disk_gb", 0, "--learning_rate", 0,
-    )  # fmt: skip
+def test_a_rate_of_zero_ends_in_big_letters(run_cli, tiny_model, sample_data, tmp_path):
+    flags = "--device cpu --yes --max_seq_length 512 --num_train_epochs 0.05 --output_dir out "
+    flags += "--min_disk_gb 0 --learning_rate 0 --model_name"
+    result = run_cli(*flags.split(), tiny_model, "--data_path", sample_data)
     assert (result.code, result.stdout) == (15, ""), result.stderr
-    for told in (
-        "IT IS NOT SAVED",
-        "every lora_B is zero",
-        "--learning_rate (2e-5 is the default)",
-    ):
+    for told in ("IT IS NOT SAVED", "every lora_B is zero", "_rate (2e-5 is the default)"):
         assert told in result.stderr
     assert "Traceback" not in result.stderr
     assert not [name for name in names(tmp_path / "out") if name in program.RUN_FILES]
@@ -190,12 +180,8 @@ def test_a_file_of_the_user_s_own_is_never_replaced(run, name):
 @pytest.mark.parametrize("place", ["safetensors.torch.save_file", "pathlib.Path.write_text"])
 def test_a_full_disk_is_told_as_one_and_another_error_as_what_it_is(run, monkeypatch, place):
     run_of = run()
-    errors = iter([OSError(28, "No space left on device"), RuntimeError("shapes do not fit")])
-
-    def write(*_, **__):
-        raise next(errors)
-
-    monkeypatch.setattr(place, write)
+    errors = [OSError(28, "No space left on device"), RuntimeError("shapes do not fit")]
+    monkeypatch.setattr(place, Mock(side_effect=errors))
     with pytest.raises(program.FineTuningError, match=r"the disk \(or your quota\) is full"):
         program.save_results(*run_of)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
@@ -237,13 +223,11 @@ def test_the_verdict_is_what_the_losses_say(case):
     since = {"by heart": 50, "by heart at once": 0}.get(case)
     assert verdict["overfitting_since_step"] == since
     assert (f"since step {since}" in verdict["verdict_headline"]) == bool(since)
-
-
-def test_the_verdict_says_when_its_evidence_is_weak():
-    evidence = program.judge_training(2.0, 1.5, [], 500)["verdict_evidence"]
-    assert "fell from 2.0000 to 1.5000 (25.0%): the right next token is 1.65 times" in evidence
-    weak = program.judge_training(2.0, 1.5, [], 8)["verdict_evidence"]
-    assert weak == evidence + " That is weak evidence: 8 held-out rows."
+    if case == "a good run":
+        evidence = verdict["verdict_evidence"]
+        assert "fell from 2.0000 to 1.5000 (25.0%): the right next token is 1.65 times" in evidence
+        weak = program.judge_training(before, after, history, 8)["verdict_evidence"]
+        assert weak == evidence + " That is weak evidence: 8 held-out rows."
 
 
 # --- before and after
@@ -260,8 +244,7 @@ def test_own_questions_come_first_and_both_answers_are_those_of_generate(run, ca
             (base,) = program.generate(result.model, data.tokenizer, prompts, max_new_tokens=64)
     samples = program.answer_samples(result, data, own, "Be brief.")
     assert list(samples[0].values()) == [own[0], None, base, tuned]
-    assert base != tuned
-    assert len(samples) == 1 + 8
+    assert base != tuned and len(samples) == 1 + 8
     assert {s["question"] for s in samples[1:]} <= set(data.eval["question"])
     with caplog.at_level("INFO", "unified_finetune"):
         metrics = program.save_results(result, data, config).metrics
@@ -295,6 +278,6 @@ def test_the_model_card_is_one_that_the_hub_reads_and_its_snippet_works(run, cli
     assert '"system"' in snippet
     snippet = snippet.replace("THIS_FOLDER", str(output)).replace("=200", "=5")
     done = subprocess.run(
-        [sys.executable, "-c", snippet], env=cli_environment, capture_output=True, text=True
+        [sys.executable, "-c", snippet], env=cli_environment, stderr=subprocess.PIPE
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr.decode()
