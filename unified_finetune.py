@@ -531,10 +531,8 @@ def adapt_old_packages() -> None:
     def from_dict(cls: Any, told: "dict[str, Any]", **how: Any) -> Any:
         rope = told.get("rope_parameters") or {}  # transformers 5 writes it
         flat = {k: v for k, v in told.items() if k != "rope_parameters"}
-        if "rope_theta" in rope:
-            flat["rope_theta"] = rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
-            flat["rope_scaling"] = rope
+        flat |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+        flat |= {"rope_scaling": rope} if rope.get("rope_type", "default") != "default" else {}
         return read(cls, flat, **how)
 
     read, enable = old.PretrainedConfig.from_dict.__func__, "gradient_checkpointing_enable"
@@ -1470,6 +1468,7 @@ class Pass(NamedTuple):
     shared: "Tensor"  # cells of tokens that have such a cell in an earlier row
     keep: "Tensor"  # [supervised or more]: the positions whose next token carries loss
     targets: "Tensor"  # likewise: those next tokens
+    used: "Tensor"  # the same positions without repeats; empty where sizes are filled up
 
 
 def plan_passes(lengths: Sequence[int], budget: int) -> "list[list[int]]":
@@ -1508,7 +1507,8 @@ def lay_out(
     width += -width % step["width"]
     rows = len(examples) + fill * (-len(examples) % max(1, 512 // width))  # long ones cost too much
     places: dict[tuple[int, int], int] = {}  # (place of the token before, token) -> place
-    ids, positions, gather, scatter, shared, keep, targets = parts = [list[int]() for _ in range(7)]
+    parts = [list[int]() for _ in range(8)]
+    ids, positions, gather, scatter, shared, keep, targets, used = parts
     for row, (example, tokens) in enumerate(zip(examples, inputs, strict=True)):
         place, cells = -1, list[int]()
         for position, token in enumerate(tokens):
@@ -1524,6 +1524,7 @@ def lay_out(
         for start, end in example["spans"]:
             keep += cells[start - 1 : end - 1]
             targets += example["input_ids"][start:end]
+    used += sorted(set(keep)) if not fill else ()
     supervised, spare = len(keep), width - 1  # nothing flows back from the first row's last cell
     gather += [0] * (rows * width - len(gather))
     for part, size, filling in (
@@ -1680,7 +1681,7 @@ def lora_forward(
     layer, flat, mask = module.get_base_layer(), x.flatten(0, -2), None
     share = getattr(module.lora_dropout[name], "p", 0.0) if module.training else 0.0
     if share:
-        seed = (base.dropout_seed * 1_000_003 + number) % 2**63
+        seed = (base.layout.seed * 1_000_003 + number) % 2**63
         mask = dropout_mask(flat.shape, share, x.device, seed)
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
     scale = module.scaling[name] / (1 - share)
@@ -1691,6 +1692,15 @@ def lora_forward(
 def flat_forward(module: "torch.nn.Linear", x: "Tensor") -> "Tensor":
     """Run a frozen layer on [tokens, size]."""
     return type(module).forward(module, x.flatten(0, -2)).view(*x.shape[:-1], -1)
+
+
+def last_mlp_forward(module: "torch.nn.Module", base: Any, x: "Tensor") -> "Tensor":
+    """Run the last layer's MLP only where its result reaches the LM head."""
+    used = base.layout.used
+    if not len(used):
+        return type(module).forward(module, x)
+    y = type(module).forward(module, engine_functions()[0](x[0], used)[None])
+    return x.new_zeros(x.shape).index_copy(1, used, y)
 
 
 def base_of(model: "PeftModel") -> "PreTrainedModel":
@@ -1712,6 +1722,8 @@ def install_engine(model: "PeftModel") -> None:
             vars(module)["forward"] = functools.partial(lora_forward, module, number, base)
         elif isinstance(module, torch.nn.Linear):
             vars(module)["forward"] = functools.partial(flat_forward, module)
+    last = base.get_decoder().layers[-1].mlp
+    vars(last)["forward"] = functools.partial(last_mlp_forward, last, base)
 
 
 @contextlib.contextmanager
@@ -1768,7 +1780,7 @@ def load_adapter_weights(model: "PeftModel", weights: "Mapping[str, Tensor] | Pa
 def pass_loss(model: "PeftModel", layout: Pass) -> "Tensor":
     """Return the sum of the cross-entropies of a pass's supervised tokens (a scalar, fp32)."""
     base: Any = base_of(model)
-    base.dropout_seed = layout.seed
+    base.layout = layout
     ids, positions = layout.input_ids, layout.position_ids
     done = base.get_decoder()(input_ids=ids, position_ids=positions, layout=layout, use_cache=False)
     hidden = done.last_hidden_state[0].index_select(0, layout.keep)
