@@ -164,7 +164,7 @@ WARNING_CHECKS = (
 def option(default: Any, help_text: str, **rules: Any) -> Any:
     """Declare one setting: its default, its help text and the rules for its value.
 
-    Rules: the LIMITS of numbers; `among` (what a list may hold), `path` (~ is the home folder),
+        Rules: the LIMITS of numbers; `among` (what a list may hold), `path` (~ is the home folder),
     `filled` (never empty), `names` (a list of names, not of texts with their spaces), `verbatim`
     (any text is a value, "none" too), `switch` (of this one call, not of the run: never saved).
     """
@@ -188,8 +188,8 @@ class FineTuningConfig:
     init_adapter: "str | None" = option(None, "folder of an earlier adapter to start from, instead of a new one", path=True)
     # --- the training
     num_train_epochs: float = option(3, "passes over the training examples", above=0)
-    per_device_train_batch_size: int = option(2, "examples of max_seq_length that one forward pass may hold", at_least=1, at_most=2**31 - 1)
-    gradient_accumulation_steps: int = option(8, "times that, examples per optimizer step (2 x 8 = 16, the effective batch)", at_least=1, at_most=2**31 - 1)
+    per_device_train_batch_size: int = option(2, "examples of max_seq_length that one forward pass may hold", at_least=1)
+    gradient_accumulation_steps: int = option(8, "times that, examples per optimizer step (2 x 8 = 16, the effective batch)", at_least=1)
     learning_rate: float = option(2e-5, "peak learning rate", at_least=0)
     weight_decay: float = option(0.01, "AdamW weight decay", at_least=0)
     warmup_steps: int = option(50, "optimizer steps until the peak learning rate", at_least=0)
@@ -207,7 +207,7 @@ class FineTuningConfig:
     save_total_limit: int = option(3, "checkpoints kept", at_least=1)
     early_stopping_patience: "int | None" = option(None, "stop after so many evaluations without a better eval loss", at_least=1)
     max_eval_examples: "int | None" = option(None, "examples in the evaluations during training (the final one is complete)", at_least=1)
-    seed: int = option(42, "seed of the split, the shuffling, the adapter and the dropout", at_least=0, at_most=2**32 - 1)
+    seed: int = option(42, "seed of the split, the shuffling, the adapter and the dropout", at_least=0)
     # --- the data
     data_path: "str | tuple[str, ...] | None" = option(None, "local .json, .jsonl, .csv or .parquet files, used instead of R2", path=True)
     dataset_name: "str | tuple[str, ...] | None" = option(None, "keys or file names of the objects to take, instead of the automatic choice")
@@ -238,6 +238,7 @@ class FineTuningConfig:
         return {
             f"train_split {self.train_split} and eval_split {self.eval_split} add up to more than 1": self.train_split + self.eval_split > 1 + 1e-9,
             "fp16 and bf16 exclude each other": self.fp16 and self.bf16,
+            "lr_scheduler_type polynomial ends at 1e-7: learning_rate must be above that": self.lr_scheduler_type == "polynomial" and self.learning_rate <= 1e-7,
             f"fp16 works on NVIDIA GPUs only; leave it off for device {self.device}": self.fp16 and self.device in ("cpu", "mps"),
         }
 
@@ -331,6 +332,7 @@ def parse_list(value: object, rules: "Mapping[str, Any]") -> "tuple[str, ...]":
     return tuple(parse_text(item, rules) for item in items)
 
 
+LARGEST = 2**32 - 1  # of all numbers: libraries fail on larger ones in their own words
 WORDS = {"true": True, "yes": True, "1": True, "on": True}
 WORDS |= {"false": False, "no": False, "0": False, "off": False}
 LIMITS = {"at_least": operator.ge, "above": operator.gt}
@@ -373,6 +375,8 @@ def parse_value(value: Any, kind: Any, rules: "Mapping[str, Any]") -> Any:
             raise ValueError(f"must be one of {', '.join(choices)}{nearest(str(value), choices)}")
     elif kind in (bool, int, float):
         value = parse_scalar(value, kind)
+        if value > LARGEST:
+            raise ValueError(f"must be at most {LARGEST}")
     else:
         value = parse_text(value, rules) if kind is str else parse_list(value, rules)
     for rule, holds in LIMITS.items():
@@ -2174,7 +2178,7 @@ def find_objects(bucket: str, prefix: str, names: Texts, cache: Path) -> "tuple[
         if error.kind == "refused":
             raise
         # Without an account id, R2's own domain stands alone: any account's copy is the one.
-        host = urllib.parse.urlsplit(r2_variables(bucket)[1]).netloc
+        host = r2_variables(bucket)[1].partition("//")[2].partition("/")[0]
         known = [c for c in map(read_copy, cache.glob("*.info")) if c and c.bucket == bucket]
         known = [c for c in known if c.key.startswith(prefixes) and host in (c.host, R2_DOMAIN)]
         newest = {c.key: c for c in sorted(known, key=lambda c: c.last_modified)}

@@ -168,7 +168,7 @@ def reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "Callable[..., str
     *(
         ({"R2_ENDPOINT_URL": url}, "R2_ENDPOINT_URL must be like https://<account id>.r2.")
         for url in (
-            f"https://{'a' * 64}.com", "https://host.com/?x=1", "ftp://host", "https://a..b",
+            f"https://{'a' * 64}.com", "https://[", "https://host.com/?x=1", "ftp://host", "https://a..b",
             "account.r2.cloudflarestorage.com", "https://a_b.example", "https://-a.example",
             "https://user:password9@host", "https://bücher.example",
         )

@@ -369,6 +369,13 @@ def test_the_engine_learns_what_plain_sfttrainer_learns(tiny_model, tmp_path, gr
     assert all((ours[n] - weights[n]).abs().max() < 1e-5 for n in ours)
 
 
+def test_every_epoch_trains_on_the_same_examples_in_another_order(data, config):
+    result = train(data, dataclasses.replace(config, num_train_epochs=2))
+    tokens = [record["tokens"] for record in result.history if "tokens" in record]
+    first, second = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
+    assert sum(first) == sum(second) and first != second
+
+
 def test_early_stopping_keeps_the_best_adapter_and_the_metrics_say_what_was_done(data, config):
     config = dataclasses.replace(
         config, learning_rate=0.5, num_train_epochs=8, early_stopping_patience=2, eval_steps=1,
