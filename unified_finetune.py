@@ -82,6 +82,7 @@ import typing
 import unicodedata
 import urllib.parse
 import urllib.request
+import warnings
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -546,13 +547,13 @@ def adapt_old_packages() -> None:
     old.trainer.check_torch_load_is_safe = bool  # `train` reads no file of the unsafe kind
 
 
-def quiet_libraries() -> None:
+def quiet_libraries(*others: Any) -> None:
     """Import the large libraries, and send what transformers says to the log file."""
     try:
-        log.debug("torch %s, transformers %s", torch.__version__, transformers.__version__)
+        log.debug("Versions: %s", [p.__version__ for p in (torch, transformers, *others)])
     except (ImportError, OSError, RuntimeError, ValueError, LookupError, AttributeError) as error:
         stop.raise_if_asked()  # an import makes an ImportError of a signal
-        what = f"PyTorch or transformers cannot be imported: {shorten(str(error), 300)}"
+        what = f"PyTorch, transformers or datasets cannot be imported: {shorten(str(error), 300)}"
         hint = "A variable of theirs may be wrong (HF_..., TORCH_...); if not, install them again."
         raise FineTuningError(what, hint) from error
     transformers.utils.logging.disable_default_handler()
@@ -2684,7 +2685,7 @@ def run_preflight(config: FineTuningConfig) -> PreflightReport:
             checks.append(Check(name, "failed", str(error), hint))
 
     if checks[0].outcome != "failed":  # the other checks need the packages
-        quiet_libraries()
+        quiet_libraries(datasets)
         checks += check_folders(output, cache, config.model_name)
         with attempt("data" if paths else "R2 bucket"):
             bucket, prefix = config.r2_bucket_name, config.r2_data_prefix
@@ -5680,6 +5681,7 @@ def prepare_process() -> "list[str]":
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 - until the end
     stop.install()
+    warnings.simplefilter("default")  # PYTHONWARNINGS=error would end a run at a library's warning
     sys.unraisablehook = lambda i: log.debug("Ignored in %r: %r", i.object, i.exc_value)
     real = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")  # of accelerate launch, torchrun
     numbers = [os.environ.get(name, "") for name in real]

@@ -265,6 +265,7 @@ def test_odd_arguments_are_refused_before_anything_starts(run_cli, arguments, wo
         {"HF_ENDPOINT": "http://127.0.0.1:port"},
         {"HF_HUB_ETAG_TIMEOUT": ""},
         {"TORCH_LOGS": "bogus"},
+        {"HF_DATASETS_IN_MEMORY_MAX_SIZE": "a"},
     ],
 )
 def test_variables_that_a_library_refuses_are_told_as_that(run_cli, odd) -> None:
