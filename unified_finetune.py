@@ -5698,7 +5698,7 @@ def prepare_process() -> "list[str]":
     wanted |= {"PYTORCH_MPS_HIGH_WATERMARK_RATIO": "1.0", "PYTORCH_MPS_LOW_WATERMARK_RATIO": "0.8"}
     if not launched:
         wanted["CUDA_VISIBLE_DEVICES"] = "0"  # TRL would share a batch out
-    os.environ.update({**wanted, **os.environ})
+    os.environ.update({**wanted, **os.environ, "MPLBACKEND": "agg"})  # notebooks leave theirs
     return removed
 
 

@@ -84,7 +84,7 @@ def clean_environment(home: Path) -> "dict[str, str]":
     """Return this environment without what would change the program's behaviour."""
     names = [name for name in os.environ if not name.startswith(FOREIGN_VARIABLES)]
     return {name: os.environ[name] for name in names if name not in FOREIGN_NAMES} | {
-        "HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "huggingface"),
+        "HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "huggingface"), "MPLBACKEND": "a notebook",
         "AWS_EC2_METADATA_DISABLED": "true", "COLUMNS": "100",
     }  # fmt: skip
 
