@@ -180,6 +180,7 @@ def run_child(request: "dict[str, Any]") -> int:
 
 def warm_up(model: str) -> None:
     """Let the libraries do for all children what each of them would do first."""
+    os.environ["MPLBACKEND"] = "agg"  # as the program does before it imports matplotlib
     modules = "unified_finetune datasets dotenv psutil tqdm jinja2 peft boto3 matplotlib.figure trl"
     for name in modules.split():
         importlib.import_module(name)
