@@ -1315,14 +1315,19 @@ def render_chat(
         raise FineTuningError(what, hint) from error
 
 
+@functools.cache
+def writes_bos(tokenizer: "PreTrainedTokenizerFast") -> bool:
+    """Tell whether a tokenizer puts a BOS in front of every text."""
+    return tokenizer.backend_tokenizer.encode("").ids[:1] == [tokenizer.bos_token_id]
+
+
 def tokenize(tokenizer: "PreTrainedTokenizerFast", texts: "Sequence[str]") -> "list[list[int]]":
     """Tokenize rendered texts as llama.cpp does: special tokens are read, and one BOS is enough."""
-    backend, bos, bos_id = tokenizer.backend_tokenizer, tokenizer.bos_token, tokenizer.bos_token_id
+    bos, bos_id, starts = tokenizer.bos_token, tokenizer.bos_token_id, writes_bos(tokenizer)
     # What else a tokenizer puts around a text stays out: behind a prompt, an end token would end
     # the answer before it begins.
-    starts = backend.encode("").ids[:1] == [bos_id]
     bare = [text.removeprefix(str(bos or "")) for text in texts]
-    found = backend.encode_batch_fast(bare, add_special_tokens=False)
+    found = tokenizer.backend_tokenizer.encode_batch_fast(bare, add_special_tokens=False)
     return [
         [bos_id] * (starts or text != rest) + encoding.ids
         for text, rest, encoding in zip(texts, bare, found, strict=True)
@@ -3482,8 +3487,7 @@ def tokenize_row(row: Row, tokenizer: "PreTrainedTokenizerFast") -> Example:
         if not front or answer.count(eos) != 1 or answer[-1] != eos:
             raise RowError("template", "an answer does not end with its one end token")
         before = whole
-    writes_bos = tokenize(tokenizer, ["a"])[0][0] == bos
-    if writes_bos and (ids[0] != bos or bos in ids[1 : len(ids) if bos != eos else 2]):
+    if writes_bos(tokenizer) and (ids[0] != bos or bos in ids[1 : len(ids) if bos != eos else 2]):
         raise RowError("template", "the conversation does not begin with its one BOS token")
     return {"input_ids": ids, "spans": spans}
 
@@ -5375,7 +5379,7 @@ def add_facts(writer: "gguf.GGUFWriter", model: MergedModel, title: str, outtype
         "layer_norm_rms_eps": c.rms_norm_eps, "tokenizer_model": "llama",
         "tokenizer_pre": "default", "token_list": pieces, "token_scores": scores,
         "token_types": types, "chat_template": str(tokenizer.chat_template),
-        "add_bos_token": tokenize(tokenizer, ["a"])[0][0] == tokenizer.bos_token_id,
+        "add_bos_token": writes_bos(tokenizer),
         "add_eos_token": False, "add_space_prefix": '"Prepend"' in json.dumps(told["normalizer"]),
     }  # fmt: skip
     roles = ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id")
