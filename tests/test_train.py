@@ -520,7 +520,7 @@ def test_a_hang_ends_in_a_run_on_the_cpu_with_the_same_adapter(tmp_path, tiny_mo
         path = str(Path(finetune.__file__).parent)
         done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path},
                               stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                              timeout=120)  # fmt: skip
+                              timeout=500)  # fmt: skip
         assert done.returncode == 0, done.stderr
         metrics = json.loads((tmp_path / name / "training_metrics.json").read_text())
         return metrics["adapter_sha256"], metrics["device"], done.stderr
