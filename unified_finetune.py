@@ -152,14 +152,59 @@ T = TypeVar("T")
 
 Given = tuple[str, object, str]  # a setting's name, its value, and the place that it came from
 
-# Names of stage 3's checks that warn; `drop_checks` leaves their rows out.
-WARNING_CHECKS = (
-    "control_characters", "appended_end_token", "broken_encoding", "mojibake", "eaten_backslash",
-    "foreign_marks", "tool_calls", "images", "choices", "documents", "negative_label",
-    "unanswered_turn", "repeated_key", "placeholder_answer", "placeholder_input", "ai_boilerplate",
-    "answer_repeats_question", "cut_off_answer", "unbalanced_code_fence", "implausible_value",
-    "near_duplicate", "contradiction", "length_outlier",
-)  # fmt: skip
+# Stage 3's checks: what is done with such a row, and what it means.
+CHECKS: "dict[str, tuple[str, str]]" = {
+    # unusable rows: they lower the quality score of the set
+    "not_an_object": ("reject", "the row is no JSON object"),
+    "unknown_shape": ("reject", "the row has none of the known keys"),
+    "not_text": ("reject", "a number, a list or the like stands where text belongs"),
+    "bad_turn": ("reject", "a turn of the conversation has no known role or no text"),
+    "no_answer": ("reject", "no turn of the conversation is the assistant's"),
+    "preference_pair": ("reject", "chosen and rejected answers: they need another training"),
+    "empty_instruction": ("reject", "there is no question"),
+    "empty_output": ("reject", "there is no answer"),
+    "undecodable": ("reject", "half a character (a lone surrogate), which no tokenizer takes"),
+    "special_tokens": ("reject", "tokens of the model itself stand inside the text"),
+    "template": ("reject", "the model's chat template or tokenizer refuses or changes the row"),
+    # usable rows that are left out; rows whose text is changed
+    "masked": ("drop", "the file takes every answer of the row out of the training"),
+    "exact_duplicate": ("drop", "the same row stands earlier in the data"),
+    "over_length": ("drop", "the row is longer than max_seq_length"),
+    "control_characters": ("repair", "control characters became a space or a line break"),
+    "appended_end_token": ("repair", "the answer brought its end token: the program adds it"),
+    # rows to look at; they are trained as they are, but for those of drop_checks
+    "broken_encoding": ("warn", "characters were lost for good (U+FFFD)"),
+    "mojibake": ("warn", "looks decoded wrongly, such as Ã© for é; ftfy can mend a file"),
+    "eaten_backslash": (
+        "warn",
+        "JSON took the backslash of \\frac, \\beta or the like for its own",
+    ),
+    "foreign_marks": ("warn", "marks of a chat format, which are plain text for this model"),
+    "tool_calls": ("warn", "a tool is offered or called, and only the words are trained"),
+    "images": ("warn", "pictures or sounds belong to the row, and only the words are trained"),
+    "choices": ("warn", "there are choices that the question does not show"),
+    "documents": ("warn", "there are documents that the question does not show"),
+    "negative_label": ("warn", "label is false: the answer may be meant as a bad one"),
+    "unanswered_turn": ("warn", "turns after the last answer are not used"),
+    "repeated_key": ("warn", "a key stands twice: the last one counts"),
+    "placeholder_answer": ("warn", "a placeholder stands where an answer belongs"),
+    "placeholder_input": ("warn", "an input such as N/A stands in the question"),
+    "ai_boilerplate": ("warn", "another model may speak about itself in the answer"),
+    "answer_repeats_question": ("warn", "the answer only repeats the question or input"),
+    "cut_off_answer": ("warn", "the answer ends in the middle of a sentence"),
+    "unbalanced_code_fence": ("warn", "a code block (```) is opened and not closed"),
+    "implausible_value": (
+        "warn",
+        "a rate of admission or graduation, probably 100 times too small",
+    ),
+    "near_duplicate": ("warn", "nearly the same row stands earlier in the data"),
+    "contradiction": ("warn", "the same question has another answer earlier"),
+    "length_outlier": ("warn", "many times as long as the other rows"),
+    # facts
+    "unused_keys": ("note", "keys that are not used"),
+    "merged_tokens": ("note", "the answer's first token would join the prompt's last"),
+}
+WARNING_CHECKS = [name for name, (action, _) in CHECKS.items() if action in ("warn", "repair")]
 
 
 def option(default: Any, help_text: str, **rules: Any) -> Any:
@@ -958,15 +1003,10 @@ class BaseModel:
     name: str  # as an adapter names it: the Hugging Face id, or the folder's full path
     folder: Path
     digest: str  # of config.json and every byte of the weights
-    model_type: str
+    config: Any  # config.json as transformers reads it
     tokenizer: "PreTrainedTokenizerFast"
     parameters: int
     file_bytes: int
-    layers: int
-    hidden: int
-    key_value: int  # key heads x head size
-    feed_forward: int
-    heads: int
     vocabulary: int  # rows of the embedding
     positions: int  # longest sequence: positions, or the window that attention looks back
     linear: "dict[str, tuple[tuple[int, int], ...]]"  # by last name: (in, out) of each such layer
@@ -1271,19 +1311,15 @@ def measure_base_model(model_name: str) -> BaseModel:
         blob = path.resolve().name if path.is_symlink() else ""
         known = blob if re.fullmatch("[0-9a-f]{64}", blob) else sha256_of(path)
         whole.update(f"{path.name} {known}\n".encode())
-    shape = model.config
-    size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     # Beyond a sliding window, or beyond the positions that rotary factors change at (Phi-3 128k),
     # an example alone and among others would differ.
     limits = ("max_position_embeddings", "sliding_window", "original_max_position_embeddings")
     return BaseModel(
         name=str(folder) if Path(model_name).is_dir() else model_name, folder=folder,
-        digest=whole.hexdigest(), model_type=str(family), tokenizer=tokenizer,
+        digest=whole.hexdigest(), config=model.config, tokenizer=tokenizer, vocabulary=rows,
         parameters=sum(p.numel() for p in model.parameters()),
         file_bytes=sum(path.stat().st_size for path in weights),
-        layers=shape.num_hidden_layers, hidden=shape.hidden_size, heads=shape.num_attention_heads,
-        key_value=size * shape.num_key_value_heads, feed_forward=shape.intermediate_size,
-        vocabulary=rows, positions=min(getattr(shape, name, None) or 2**31 for name in limits),
+        positions=min(getattr(model.config, name, None) or 2**31 for name in limits),
         linear={name: tuple(shapes) for name, shapes in linear.items()},
     )  # fmt: skip
 
@@ -1346,6 +1382,84 @@ def decode(tokenizer: "PreTrainedTokenizerFast", ids: "Sequence[int]") -> str:
     visible = [tokenizer.eos_token_id, *(i for i in ids if i not in special)]
     text = tokenizer.decode(visible, clean_up_tokenization_spaces=False)
     return str(text).removeprefix(str(tokenizer.eos_token))
+
+
+def render_answer(
+    tokenizer: "PreTrainedTokenizerFast", messages: Messages, written: str, *, is_last: bool
+) -> "tuple[str, str]":
+    """Render what stands in front of the last message, an answer, and that with its end token.
+
+    It must begin with what is `written`: a template must write a turn once and for all.
+    """
+    eos, answer = str(tokenizer.eos_token), messages[-1]["content"]
+    front = render_chat(tokenizer, messages[:-1], answer_next=True)
+    whole = render_chat(tokenizer, messages, answer_next=False)
+    if not whole.startswith(front) or not front.startswith(written):
+        hint = " (--assistant_turns last trains the last answer)" * bool(written or not is_last)
+        raise FineTuningError("the chat template writes a turn differently once more follow" + hint)
+    start = whole.find(answer, len(front))
+    if start < 0:
+        raise FineTuningError("the chat template changes the answer (it may trim it)")
+    end = whole.find(eos, start + len(answer))
+    if end >= 0:
+        return front, whole[: end + len(eos)]
+    if not is_last:
+        raise FineTuningError("the chat template ends earlier answers without end token")
+    # Behind the last answer, the end token is added where the template has none; white space at
+    # the answer's end is the answer's.
+    return front, whole[: max(start + len(answer), len(whole.rstrip()))] + eos
+
+
+def tokenize_answers(
+    tokenizer: "PreTrainedTokenizerFast", messages: Messages, answers: Sequence[int]
+) -> "tuple[Example, str]":
+    """Return the tokens of a conversation up to the last of the answers, which carry loss.
+
+    Proved are, or FineTuningError is raised: the tokens in front of an answer are those that chat
+    sends; each span ends with the end token and has no other; there is one BOS, at the start, where
+    the tokenizer writes one. The text returned is of an answer that would join what precedes it.
+    """
+    ids, spans, written, before, merged = list[int](), [], "", list[int](), ""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    for place in answers:
+        last = place == answers[-1]
+        texts = render_answer(tokenizer, messages[: place + 1], written, is_last=last)
+        front, whole = tokenize(tokenizer, texts)
+        if front[: len(before)] != before:
+            raise FineTuningError("the tokenizer joins an answer with the turn that follows")
+        answer, written = whole[len(front) :], texts[1]
+        if whole[: len(front)] != front:  # the answer's first token would join the front's last
+            merged = written.removeprefix(texts[0])
+            # A tokenizer that puts a space in front of every text puts none behind a line break.
+            ways = (encode(anchor + merged)[len(encode(anchor)) :] for anchor in ("", "\n"))
+            told = tokenizer.decode(whole)
+            answer = next((way for way in ways if tokenizer.decode(front + way) == told), [])
+        ids += front[len(before) :]
+        spans.append([len(ids), len(ids) + len(answer)])
+        ids += answer
+        if not front or answer.count(eos) != 1 or answer[-1] != eos:
+            raise FineTuningError("an answer does not end with its one end token")
+        before = whole
+    if writes_bos(tokenizer) and (ids[0] != bos or bos in ids[1 : len(ids) if bos != eos else 2]):
+        raise FineTuningError("the conversation does not begin with its one BOS token")
+    return {"input_ids": ids, "spans": spans}, merged
+
+
+def show_example(tokenizer: "PreTrainedTokenizerFast", example: Example) -> str:
+    """Return an example as it is trained, read back from its tokens, spans between ⟦ and ⟧."""
+    ids, shown, special = example["input_ids"], "", set(tokenizer.added_tokens_decoder)
+    cuts = {0: "", len(ids): ""}
+    cuts |= {cut: "" for n, i in enumerate(ids) if i in special for cut in (n, n + 1)}
+    cuts |= {cut: mark for span in example["spans"] for cut, mark in zip(span, "⟦⟧", strict=True)}
+    for start, end in itertools.pairwise(sorted(cuts)):
+        part = ids[start:end]
+        # Tokenizers that put a space in front of every text do so behind special tokens, too, and
+        # take it off again only at the start of what they decode.
+        first = not special.isdisjoint(ids[max(0, start - 1) : start + 1]) or not start
+        text = str(tokenizer.decode(part)) if first else decode(tokenizer, part)
+        shown += cuts[start] + (text if len(text) < 600 else f"{text[:300]} […] {text[-300:]}")
+    return shown + cuts[len(ids)]
 
 
 def load_base_model(base: BaseModel, device: str, dtype: str) -> "PreTrainedModel":
@@ -1822,6 +1936,15 @@ def mean_loss(model: "PeftModel", examples: "datasets.Dataset", budget: int, dev
     return mean_loss(model, examples, budget // 2, device)
 
 
+def plain_loss(model: Any, examples: Sequence[Example]) -> "Tensor":
+    """Return the mean loss of examples as transformers computes it, in one padded batch."""
+    width = max(len(example["input_ids"]) for example in examples)
+    rows = [[*e["input_ids"], *[0] * (width - len(e["input_ids"]))] for e in examples]
+    labels = [[*labels_of(e), *[-100] * (width - len(e["input_ids"]))] for e in examples]
+    both = torch.tensor([rows, labels], device=model.device)
+    return typing.cast("Tensor", model(input_ids=both[0], labels=both[1], use_cache=False).loss)
+
+
 def prove_engine(model: "PeftModel", examples: "datasets.Dataset", device: str) -> None:
     """Compare the engine's losses with those of the model's and PEFT's own forward pass.
 
@@ -1836,15 +1959,11 @@ def prove_engine(model: "PeftModel", examples: "datasets.Dataset", device: str) 
     load_adapter_weights(model.eval(), random)
     try:
         for rows in ([examples[i] for i in group] for group in (order[:2], long[:1]) if group):
-            layout, plain = lay_out(rows, device), 0.0
+            layout = lay_out(rows, device)
             with torch.inference_mode():
                 packed = pass_loss(model, layout).item() / layout.supervised
                 with engine_off(model):
-                    for row in rows:
-                        both = torch.tensor([[row["input_ids"]], [labels_of(row)]], device=device)
-                        loss = base(input_ids=both[0], labels=both[1], use_cache=False).loss
-                        plain += loss.item() * (both[1] >= 0).sum().item()
-            plain /= layout.supervised
+                    plain = plain_loss(model, rows).item()
             log.info("  engine proof: loss %.5f packed, %.5f plain", packed, plain)
             if not abs(packed - plain) <= tolerance * max(plain, 0.1):
                 raise ValueError(f"loss {packed:.5f} against {plain:.5f} for the same examples")
@@ -2260,14 +2379,16 @@ def activation_bytes(
 
     `longest` are the tokens of its longest row.
     """
-    width, row = DTYPE_BYTES[dtype], min(tokens, LONGEST_MATH_ROW)
-    qkv, score = (3 * base.hidden + 2 * base.key_value) * width, base.heads * width
+    width, row, c = DTYPE_BYTES[dtype], min(tokens, LONGEST_MATH_ROW), base.config
+    hidden, heads, layers = c.hidden_size, c.num_attention_heads, c.num_hidden_layers
+    key_value = c.num_key_value_heads * (getattr(c, "head_dim", None) or hidden // heads)
+    qkv, score = (3 * hidden + 2 * key_value) * width, heads * width
     if device == "mps":  # it keeps the scores of whole rows, and q, k, v once more, in fp32
-        row, score, qkv = min(tokens, longest), base.heads * 4, qkv + 12 * base.hidden
+        row, score, qkv = min(tokens, longest), heads * 4, qkv + 12 * hidden
         tokens += BUCKETS["tokens"]
-    feed_forward = 3 * base.feed_forward * width
-    layer = 12 * base.hidden + qkv + score * row + feed_forward  # RMSNorm saves its input in fp32
-    kept = base.hidden * width * base.layers + layer if recompute else layer * base.layers
+    feed_forward = 3 * c.intermediate_size * width
+    layer = 12 * hidden + qkv + score * row + feed_forward  # RMSNorm saves its input in fp32
+    kept = hidden * width * layers + layer if recompute else layer * layers
     # Gradients on their way through one layer are as large as its feed-forward activations.
     return tokens * (kept + feed_forward)
 
@@ -2353,20 +2474,6 @@ def step_of_adamw(model: Any, other: Any, device: str) -> "list[Tensor]":
     return [parameter.detach().cpu() for parameter in moved]
 
 
-def plain_gradients(model: Any, batch: Sequence[Example]) -> "list[Any]":
-    """Return the mean loss of a batch and its gradients as transformers and PEFT compute them."""
-    model.zero_grad()
-    total, count = torch.zeros(()), 0
-    for example in batch:
-        labels = torch.tensor(labels_of(example)[1:])
-        logits = model(input_ids=torch.tensor([example["input_ids"]])).logits[0, :-1]
-        total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-        count += int((labels >= 0).sum())
-    (total / count).backward()
-    trained = [p.grad for p in model.parameters() if p.requires_grad]
-    return [total.detach() / count, *trained]
-
-
 def answers_within(
     limit: float, plain: Any, tested: Any, device: str, world: Any
 ) -> "Iterator[bool]":
@@ -2416,7 +2523,10 @@ def find_fault(
 
     short, long = make(range(20, 60, 5)), make([LONGEST_MATH_ROW + 45] * 4)
     for batch, what in ((short, "short rows"), (long, "long rows"), (short, "a shape once more")):
-        wanted = plain_gradients(plain, batch)
+        plain.zero_grad()
+        loss = plain_loss(plain, batch)
+        loss.backward()
+        wanted = [loss.detach(), *(p.grad for p in plain.parameters() if p.requires_grad)]
         found = gradients(batch)
         if differ(found[:1], wanted[:1], tolerance):
             return f"the loss of {what} is {found[0]:.4f} where the CPU has {wanted[0]:.4f}"
@@ -2894,58 +3004,11 @@ def fetch_dataset(config: FineTuningConfig) -> DatasetFile:
 # In: verified files. Out: tokenized examples in two sets that share no question, and a report on
 # every row. What is trained is what the file says: texts stay as they are, every answer carries
 # loss with its own end token, and every key is used or named. A row is left out only when it cannot
-# be trained as it stands; what else the checks find is a warning. The tokens in front of an answer
-# are those that chat sends. Rows stream from the file to the disk, whatever their number.
+# be trained as it stands; what else the checks find is a warning. Rows stream from the file to the
+# disk, whatever their number.
 
-# The checks: what is done with such a row, and what it means.
 # fmt: off
 # ruff: disable[E501]
-CHECKS: "dict[str, tuple[str, str]]" = {
-    # unusable rows: they lower the quality score of the set
-    "not_an_object": ("reject", "the row is no JSON object"),
-    "unknown_shape": ("reject", "the row has none of the known keys"),
-    "not_text": ("reject", "a number, a list or the like stands where text belongs"),
-    "bad_turn": ("reject", "a turn of the conversation has no known role or no text"),
-    "no_answer": ("reject", "no turn of the conversation is the assistant's"),
-    "preference_pair": ("reject", "chosen and rejected answers: they need another training"),
-    "empty_instruction": ("reject", "there is no question"),
-    "empty_output": ("reject", "there is no answer"),
-    "undecodable": ("reject", "half a character (a lone surrogate), which no tokenizer takes"),
-    "special_tokens": ("reject", "tokens of the model itself stand inside the text"),
-    "template": ("reject", "the model's chat template or tokenizer refuses or changes the row"),
-    # usable rows that are left out; rows whose text is changed
-    "masked": ("drop", "the file takes every answer of the row out of the training"),
-    "exact_duplicate": ("drop", "the same row stands earlier in the data"),
-    "over_length": ("drop", "the row is longer than max_seq_length"),
-    "control_characters": ("repair", "control characters became a space or a line break"),
-    "appended_end_token": ("repair", "the answer brought its end token: the program adds it"),
-    # rows to look at; they are trained as they are, but for those of drop_checks
-    "broken_encoding": ("warn", "characters were lost for good (U+FFFD)"),
-    "mojibake": ("warn", "looks decoded wrongly, such as Ã© for é; ftfy can mend a file"),
-    "eaten_backslash": ("warn", "JSON took the backslash of \\frac, \\beta or the like for its own"),
-    "foreign_marks": ("warn", "marks of a chat format, which are plain text for this model"),
-    "tool_calls": ("warn", "a tool is offered or called, and only the words are trained"),
-    "images": ("warn", "pictures or sounds belong to the row, and only the words are trained"),
-    "choices": ("warn", "there are choices that the question does not show"),
-    "documents": ("warn", "there are documents that the question does not show"),
-    "negative_label": ("warn", "label is false: the answer may be meant as a bad one"),
-    "unanswered_turn": ("warn", "turns after the last answer are not used"),
-    "repeated_key": ("warn", "a key stands twice: the last one counts"),
-    "placeholder_answer": ("warn", "a placeholder stands where an answer belongs"),
-    "placeholder_input": ("warn", "an input such as N/A stands in the question"),
-    "ai_boilerplate": ("warn", "another model may speak about itself in the answer"),
-    "answer_repeats_question": ("warn", "the answer only repeats the question or input"),
-    "cut_off_answer": ("warn", "the answer ends in the middle of a sentence"),
-    "unbalanced_code_fence": ("warn", "a code block (```) is opened and not closed"),
-    "implausible_value": ("warn", "an admission or graduation rate that is probably 100 times too small"),
-    "near_duplicate": ("warn", "nearly the same row stands earlier in the data"),
-    "contradiction": ("warn", "the same question has another answer earlier"),
-    "length_outlier": ("warn", "many times as long as the other rows"),
-    # facts
-    "unused_keys": ("note", "keys that are not used"),
-    "merged_tokens": ("note", "the answer's first token would join the prompt's last"),
-}
-
 # What keys are used as. They are compared without case, spaces and hidden characters; null and
 # blank are absent. All parts of a question are used, in this order; of the others, the first.
 TURNS = ("messages", "conversations", "conversation")
@@ -2993,8 +3056,6 @@ VISIBLE = re.compile(r"[^\s\0-\x1f\x7f-\x9f\u200b-\u200f\u2060\ufeff]")
 # Words of little meaning: what a row is about is in the others.
 STEM = re.compile(r"\b\w{1,6}")
 STOP_STEMS = frozenset(STEM.findall("a an the of in on at to for from by with and or but if is are was were be been being do does did have has had can could will would shall should may might must i you he she it we they me my your his her its our their this that these those what which who whom whose when where why how as not no yes so than then there here about into over under up down out off please tell explain describe give"))
-
-KNOWN = {"chosen", *TURNS, *QUESTION, *ANSWER}  # a row has one of these keys
 # ruff: enable[E501]
 # fmt: on
 BITS = {name: 1 << number for number, name in enumerate(CHECKS)}
@@ -3230,7 +3291,6 @@ def take(fields: "dict[str, Any]", keys: "Iterable[str]") -> "tuple[str, Any] | 
 class Row:
     """Hold one row: its messages, which of them are answers with loss, and what was found."""
 
-    place: Place
     end_token: str
     messages: "list[dict[str, str]]" = field(default_factory=list)
     answers: "list[int]" = field(default_factory=list)  # places of the answers that carry loss
@@ -3242,7 +3302,8 @@ class Row:
         """Read a row; `turns` is assistant_turns. Raise RowError where it cannot be trained."""
         if not isinstance(row, dict):
             raise RowError("not_an_object", f"the row is {name_type(row)}, not an object")
-        if not KNOWN.intersection(clean_name(str(key)) for key in row):
+        known = {"chosen", *TURNS, *QUESTION, *ANSWER}
+        if known.isdisjoint(clean_name(str(key)) for key in row):
             raise RowError("unknown_shape", f"none of the known keys {list_keys(row)}")
         self.read_object(row)
         roles = [m["role"] for m in self.messages]
@@ -3400,112 +3461,25 @@ class Row:
         value = re.sub("[\0\ufeff]", "", value)
         return NEVER_TRAINED.sub(lambda m: "\n" if m[0] in "\v\f\r" else " ", value)
 
-
-# --- what is doubtful inside the texts
-
-
-def check_texts(row: Row, special: "re.Pattern[str]") -> None:
-    """Note what a person should look at; raise RowError where the model's own tokens stand."""
-    asked = ""
-    for place, message in enumerate(row.messages):
-        role, text = message["role"], message["content"].strip()
-        found = special.search(message["content"])
-        if found:
-            raise RowError("special_tokens", f"a text of the {role}'s holds {found[0]!r}")
-        for check, whose, pattern in TEXT_RULES:
-            found = pattern.search(text) if whose in (None, role) else None
-            if found and not (whose and text.casefold() in asked.casefold()):
-                times = len(pattern.findall(text))
-                row.notes[check] = f"{role}: {shorten(found[0][-60:])!r}, {times} times"
-        if place in row.answers:
-            if text in (asked, *asked.partition("\n\n")):
-                row.notes["answer_repeats_question"] = repr(text[:60])
-            if len(re.findall(r"^\s*```", text, re.MULTILINE)) % 2:
-                row.notes["unbalanced_code_fence"] = f"… {text[-60:]!r}"
-        asked = text
-
-
-# --- tokens: rendered and tokenized exactly as they will be served
-
-
-def render_answer(
-    row: Row, place: int, written: str, tokenizer: "PreTrainedTokenizerFast"
-) -> "tuple[str, str]":
-    """Render what stands in front of an answer, and that with the answer and its end token.
-
-    It must begin with what is `written`, or else RowError is raised: a template must write a turn
-    once and for all.
-    """
-    eos, answer = str(tokenizer.eos_token), row.messages[place]["content"]
-    try:
-        front = render_chat(tokenizer, row.messages[:place], answer_next=True)
-        whole = render_chat(tokenizer, row.messages[: place + 1], answer_next=False)
-    except FineTuningError as error:
-        raise RowError("template", str(error)) from error
-    if not whole.startswith(front) or not front.startswith(written):
-        hint = " (--assistant_turns last trains the last answer)" * (len(row.answers) > 1)
-        what = "the chat template writes a turn differently once more follow"
-        raise RowError("template", what + hint)
-    start = whole.find(answer, len(front))
-    if start < 0:
-        raise RowError("template", "the chat template changes the answer (it may trim it)")
-    end = whole.find(eos, start + len(answer))
-    if end >= 0:
-        return front, whole[: end + len(eos)]
-    if place != row.answers[-1]:
-        raise RowError("template", "the chat template ends earlier answers without end token")
-    # Behind the last answer, the end token is added where the template has none; white space at
-    # the answer's end is the answer's.
-    return front, whole[: max(start + len(answer), len(whole.rstrip()))] + eos
-
-
-def tokenize_row(row: Row, tokenizer: "PreTrainedTokenizerFast") -> Example:
-    """Return the tokens of a row and the spans that carry loss; raise RowError otherwise.
-
-    Proved are: the tokens in front of an answer are those that chat sends; each span ends with the
-    end token and has no other; there is one BOS, at the start, where the tokenizer writes one.
-    """
-    ids, spans, written, before = list[int](), [], "", list[int]()
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
-    for place in row.answers:
-        front_text, written = texts = render_answer(row, place, written, tokenizer)
-        front, whole = tokenize(tokenizer, texts)
-        if front[: len(before)] != before:
-            raise RowError("template", "the tokenizer joins an answer with the turn that follows")
-        answer = whole[len(front) :]
-        if whole[: len(front)] != front:  # the answer's first token would join the front's last
-            text = written.removeprefix(front_text)
-            row.notes["merged_tokens"] = shorten(text, 40)
-            # A tokenizer that puts a space in front of every text puts none behind a line break.
-            ways = (encode(anchor + text)[len(encode(anchor)) :] for anchor in ("", "\n"))
-            told = tokenizer.decode(whole)
-            answer = next((way for way in ways if tokenizer.decode(front + way) == told), [])
-        ids += front[len(before) :]
-        spans.append([len(ids), len(ids) + len(answer)])
-        ids += answer
-        if not front or answer.count(eos) != 1 or answer[-1] != eos:
-            raise RowError("template", "an answer does not end with its one end token")
-        before = whole
-    if writes_bos(tokenizer) and (ids[0] != bos or bos in ids[1 : len(ids) if bos != eos else 2]):
-        raise RowError("template", "the conversation does not begin with its one BOS token")
-    return {"input_ids": ids, "spans": spans}
-
-
-def show_example(tokenizer: "PreTrainedTokenizerFast", example: Example) -> str:
-    """Return an example as it is trained, read back from its tokens, spans between ⟦ and ⟧."""
-    ids, shown, special = example["input_ids"], "", set(tokenizer.added_tokens_decoder)
-    cuts = {0: "", len(ids): ""}
-    cuts |= {cut: "" for n, i in enumerate(ids) if i in special for cut in (n, n + 1)}
-    cuts |= {cut: mark for span in example["spans"] for cut, mark in zip(span, "⟦⟧", strict=True)}
-    for start, end in itertools.pairwise(sorted(cuts)):
-        part = ids[start:end]
-        # Tokenizers that put a space in front of every text do so behind special tokens, too, and
-        # take it off again only at the start of what they decode.
-        first = not special.isdisjoint(ids[max(0, start - 1) : start + 1]) or not start
-        text = str(tokenizer.decode(part)) if first else decode(tokenizer, part)
-        shown += cuts[start] + (text if len(text) < 600 else f"{text[:300]} […] {text[-300:]}")
-    return shown + cuts[len(ids)]
+    def check_texts(self, special: "re.Pattern[str]") -> None:
+        """Note what a person should look at; raise RowError where the model's own tokens stand."""
+        asked = ""
+        for place, message in enumerate(self.messages):
+            role, text = message["role"], message["content"].strip()
+            found = special.search(message["content"])
+            if found:
+                raise RowError("special_tokens", f"a text of the {role}'s holds {found[0]!r}")
+            for check, whose, pattern in TEXT_RULES:
+                found = pattern.search(text) if whose in (None, role) else None
+                if found and not (whose and text.casefold() in asked.casefold()):
+                    times = len(pattern.findall(text))
+                    self.notes[check] = f"{role}: {shorten(found[0][-60:])!r}, {times} times"
+            if place in self.answers:
+                if text in (asked, *asked.partition("\n\n")):
+                    self.notes["answer_repeats_question"] = repr(text[:60])
+                if len(re.findall(r"^\s*```", text, re.MULTILINE)) % 2:
+                    self.notes["unbalanced_code_fence"] = f"… {text[-60:]!r}"
+            asked = text
 
 
 # --- the stream: every row is read, checked, tokenized and stored once
@@ -3539,7 +3513,11 @@ def encode_row(
         lost = sum(characters[place] for place in row.answers) // 4  # estimated
         sums.update(answer_tokens=lost, lost_tokens=lost)
         raise RowError("over_length", f"{sum(characters)} characters, far over {limit} tokens")
-    example = tokenize_row(row, tokenizer)
+    try:
+        example, merged = tokenize_answers(tokenizer, row.messages, row.answers)
+    except FineTuningError as error:
+        raise RowError("template", str(error)) from error
+    row.notes.update({"merged_tokens": shorten(merged, 40)} if merged else {})
     ids, spans = example["input_ids"], example["spans"]
     answered = sum(end - start for start, end in spans)
     spans = [[start, min(end, limit)] for start, end in spans if start < limit]
@@ -3560,9 +3538,10 @@ def encode_row(
         said += [words] * (message["role"] != "system")
     stems = sorted(set(STEM.findall(" ".join(said))) - STOP_STEMS)
     *before, last = row.messages[: row.answers[-1] + 1]
+    question = "\n\n".join(m["content"] for m in before if m["role"] != "system")
+    sums.update(question=len(question), answer=len(last["content"]))
     return {
-        **row.place, "question": "\n\n".join(m["content"] for m in before if m["role"] != "system"),
-        "answer": last["content"], "input_ids": ids[:limit], "spans": spans,
+        "question": question, "answer": last["content"], "input_ids": ids[:limit], "spans": spans,
         "length": min(len(ids), limit), "answers": len(row.answers), "masked": row.masked,
         "supervised": kept, "characters": sum(map(len, said)), "asked": asked,
         "answered": replies, "checks": sum(BITS[check] for check in row.notes),
@@ -3585,11 +3564,11 @@ def encode_rows(
             name = part.path.name if names[part.path.name] == 1 else str(part.path)
             for number, line, value in read_rows(part.path, advance):
                 place = {"file": name, "row": number, **({"line": line} if line else {})}
-                row = Row(place, str(tokenizer.eos_token))
+                row = Row(str(tokenizer.eos_token))
                 tally.sums["total"] += 1
                 try:
                     row.read(value, config.system_prompt, config.assistant_turns)
-                    check_texts(row, special)
+                    row.check_texts(special)
                     columns = encode_row(row, tokenizer, limit, cut, tally.sums)
                 except RowError as error:
                     check, detail = error.args
@@ -3597,10 +3576,11 @@ def encode_rows(
                     tally.note(place, check, detail, check, kind)
                     continue
                 for check, detail in row.notes.items():
-                    also = ["truncated"] * (check == "over_length")
-                    tally.note(place, check, detail, check, *also)
+                    tally.note(
+                        place, check, detail, check, *["truncated"] * (check == "over_length")
+                    )
                 tally.unused.update(row.unused)
-                yield columns
+                yield place | columns
 
 
 def store_rows(rows: "Iterator[dict[str, Any]]", cache: Path) -> "datasets.Dataset":
@@ -3699,7 +3679,6 @@ def join_families(
                 for row in members[second]:
                     family[row] = first
                 members[first] += members[second]
-                members[second] = []
     return family
 
 
@@ -3810,11 +3789,7 @@ def build_report(tally: Tally, table: "datasets.Dataset", kept: "np.ndarray") ->
         details["unused_keys"]["examples"] = [{"detail": text} for text in shown]
     names = "answers", "masked", "supervised", "length"
     answers, masked, supervised, length = (int(column(n).to_numpy()[kept].sum()) for n in names)
-    means = (
-        pyarrow.compute.mean(pyarrow.compute.utf8_length(column(n))).as_py()
-        for n in ("question", "answer")
-    )
-    asked, answered = (round(mean or 0, 2) for mean in means)
+    asked, answered = (round(sums[n] / max(1, len(table)), 2) for n in ("question", "answer"))
     return QualityReport(
         total_examples=total, valid_examples=valid, quality_score=round(valid / max(1, total), 6),
         empty_instructions=sums["empty_instruction"], empty_outputs=sums["empty_output"],
@@ -3829,10 +3804,7 @@ def build_report(tally: Tally, table: "datasets.Dataset", kept: "np.ndarray") ->
 
 
 def publish_report(report: QualityReport, output_dir: Path, log_dir: Path) -> Path:
-    """Log what the checks have found, and write it; return where.
-
-    quality_report.json never replaces that of a finished run, nor a file of the user's.
-    """
+    """Log what the checks have found, and write it, not over a finished run's; return where."""
     left_out = report.total_examples - report.valid_examples + report.dropped_examples
     what = "  %d rows: %d usable (quality score %.3f); %d left out, %d truncated"
     usable = report.valid_examples, report.quality_score
@@ -3843,11 +3815,7 @@ def publish_report(report: QualityReport, output_dir: Path, log_dir: Path) -> Pa
             place = f"row {example['row']}: " if "row" in example else ""
             log.info("      %s%s", place, shorten(example["detail"], 110))
     path = output_dir / QUALITY_FILE
-    taken = any((output_dir / name).exists() for name in (METRICS_FILE, ADAPTER_FILE))
-    if path.exists() and not taken:
-        with contextlib.suppress(FineTuningError):
-            taken = "check_details" not in read_json(path)
-    if taken:
+    if any((output_dir / name).exists() for name in (METRICS_FILE, ADAPTER_FILE)):
         path = log_dir / f"quality_report_{datetime.now():%Y%m%d_%H%M%S}.json"
     if is_main_process():
         write_whole(path, dataclasses.asdict(report), "--output_dir")
@@ -3886,9 +3854,6 @@ def prepare_dataset(file: DatasetFile, config: FineTuningConfig) -> PreparedData
     """Read, check, tokenize and split the rows of the data."""
     base, cache, tally = open_base_model(config.model_name), Path(config.cache_dir), Tally()
     tokenizer, limit = base.tokenizer, min(config.max_seq_length, base.positions)
-    if limit < config.max_seq_length:
-        what = "  max_seq_length %d is more than the model's %d positions: %d is used"
-        log.warning(what, config.max_seq_length, limit, limit)
     with disk_errors(cache, "--cache_dir"):
         table = store_rows(encode_rows(file, config, base, limit, tally), cache)
     checks, families = relate_rows(table, tally, config.keep_duplicates)
@@ -5221,15 +5186,13 @@ class MergedModel(NamedTuple):
 
     adapter: AdapterFolder
     base: BaseModel
-    config: Any  # as transformers reads config.json
     shapes: "dict[str, tuple[int, ...]]"
     tensor: "Callable[[str], torch.Tensor]"  # one of its tensors in fp32, by name
 
 
 def open_merged_model(adapter: AdapterFolder, base: BaseModel) -> MergedModel:
     """Find every tensor of the base and of the adapter, and prove that they fit."""
-    empty = read_empty_model(base.folder)
-    config, tuned = empty.config, attach_adapter(empty, adapter, "cpu")
+    tuned = attach_adapter(read_empty_model(base.folder), adapter, "cpu")
     scales = {
         name.removeprefix("base_model.model.") + ".weight": module.scaling["default"]
         for name, module in tuned.named_modules()
@@ -5256,10 +5219,10 @@ def open_merged_model(adapter: AdapterFolder, base: BaseModel) -> MergedModel:
         return weight + (b @ a) * scales[name]  # in the order of PEFT's merge
 
     # A head in the file counts, whatever config.json says, unless it is the embedding once more.
-    tied = config.tie_word_embeddings and {HEAD, EMBEDDING} <= shapes.keys()
+    tied = base.config.tie_word_embeddings and {HEAD, EMBEDDING} <= shapes.keys()
     if tied and torch.equal(tensor(HEAD), tensor(EMBEDDING)):
         del shapes[HEAD]
-    return MergedModel(adapter, base, config, shapes, tensor)
+    return MergedModel(adapter, base, shapes, tensor)
 
 
 def check_written(name: str, weight: "torch.Tensor", found: "torch.Tensor", outtype: str) -> None:
@@ -5293,7 +5256,7 @@ def write_merged(model: MergedModel, outtype: str, system: "str | None", folder:
     settings = read_json(model.base.folder / "config.json")
     # Readers differ in where they look: each value stands in its old place and in its new one.
     settings |= dict.fromkeys(("dtype", "torch_dtype"), TORCH_NAMES[outtype])
-    rope = getattr(model.config, "rope_parameters", None) or {}
+    rope = getattr(model.base.config, "rope_parameters", None) or {}
     if "rope_theta" in rope:
         settings |= {"rope_theta": rope["rope_theta"], "rope_parameters": rope}
     if HEAD in model.shapes:
@@ -5312,7 +5275,7 @@ def write_merged(model: MergedModel, outtype: str, system: "str | None", folder:
 
 def check_gguf(model: MergedModel) -> None:
     """Refuse what a GGUF file of a Llama, or this program, cannot express."""
-    config, told = model.config, json.loads(model.base.tokenizer.backend_tokenizer.to_str())
+    config, told = model.base.config, json.loads(model.base.tokenizer.backend_tokenizer.to_str())
     pieces, rope = told["model"], config.rope_parameters.get("rope_type", "default")
     is_bpe = pieces["type"] == "BPE" and pieces.get("byte_fallback") and "<0x0A>" in pieces["vocab"]
     has_spaces = '"Replace"' in json.dumps(told["normalizer"]) and not told["pre_tokenizer"]
@@ -5332,11 +5295,11 @@ def check_gguf(model: MergedModel) -> None:
 
 def gguf_tensor(model: MergedModel, name: str) -> "torch.Tensor":
     """Return a merged tensor in fp32, with the rows of q and k as llama.cpp has them."""
-    weight, heads = model.tensor(name), model.config.num_attention_heads
+    weight, heads = model.tensor(name), model.base.config.num_attention_heads
     found = re.search(r"self_attn\.([qk])_proj\.weight$", name)
     if not found:
         return weight
-    heads = heads if found.group(1) == "q" else model.config.num_key_value_heads or heads
+    heads = heads if found.group(1) == "q" else model.base.config.num_key_value_heads or heads
     # transformers rotates row i of a head with row i + size / 2, llama.cpp rotates neighbours.
     rows = weight.reshape(heads, 2, -1, weight.shape[1])
     return rows.transpose(1, 2).reshape(weight.shape).contiguous()
@@ -5344,7 +5307,7 @@ def gguf_tensor(model: MergedModel, name: str) -> "torch.Tensor":
 
 def add_facts(writer: "gguf.GGUFWriter", model: MergedModel, title: str, outtype: str) -> None:
     """Write what the model is, the network's shape, and the tokenizer with its template."""
-    c, tokenizer, rows = model.config, model.base.tokenizer, model.base.vocabulary
+    c, tokenizer, rows = model.base.config, model.base.tokenizer, model.base.vocabulary
     told = json.loads(tokenizer.backend_tokenizer.to_str())
     pieces = [f"[PAD{i}]" for i in range(rows)]  # embeddings without a token, as llama.cpp has them
     types, scores = [int(gguf.TokenType.UNUSED)] * rows, [0.0] * rows
@@ -5390,7 +5353,7 @@ def add_facts(writer: "gguf.GGUFWriter", model: MergedModel, title: str, outtype
 
 def write_gguf(model: MergedModel, outtype: str, path: Path) -> None:
     """Write model and tokenizer as one GGUF file, a tensor at a time, and read it back."""
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.base.layers)
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.base.config.num_hidden_layers)
     writer, places, kinds = gguf.GGUFWriter(path, "llama"), {}, {}
     add_facts(writer, model, path.stem.rpartition("-")[0], outtype)
     for name, shape in model.shapes.items():  # number formats as in llama.cpp's converter
@@ -5450,7 +5413,7 @@ def modelfile(model: MergedModel, system: str, gguf_name: str) -> "tuple[str, st
         f'TEMPLATE """{{{{- range .Messages }}}}{turn}{{{{ end }}}}{rest}"""',
         *[f'SYSTEM """{system}"""'] * bool(system),
         *[f'PARAMETER stop "{stop}"' for stop in stops if stop],
-        f"PARAMETER num_ctx {model.config.max_position_embeddings}",
+        f"PARAMETER num_ctx {model.base.config.max_position_embeddings}",
         "# The likeliest answer every time, as in `chat`; raise the temperature for variety.",
         "PARAMETER temperature 0\nPARAMETER repeat_penalty 1\n",
     ]

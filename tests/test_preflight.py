@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT
+from transformers import LlamaConfig
 
 import unified_finetune as finetune
 
@@ -71,7 +72,7 @@ def test_a_machine_that_can_train_passes_and_its_base_is_handed_on(settings, tol
     assert {check.outcome for check in report.checks} == {"ok"}
     assert (report.device, report.dtype) == ("cpu", "float32")
     base = report.base
-    assert (base.model_type, base.layers, base.hidden, base.key_value) == ("llama", 2, 64, 32)
+    assert (base.config.model_type, base.config.num_hidden_layers) == ("llama", 2)
     assert (base.vocabulary, base.positions, base.parameters) == (600, 512, 169_280)
     # rank 32 on q, o (64 -> 64) and k, v (64 -> 32) of two layers
     targets = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -364,10 +365,17 @@ def test_an_emulated_bf16_passes_the_real_self_test_with_a_warning(
 
 
 TINYLLAMA = finetune.BaseModel(
-    **dict.fromkeys(("name", "digest", "model_type"), "llama"),
-    **{"folder": Path(), "tokenizer": None, "positions": 2048, "parameters": 1_100_048_384},
-    **{"file_bytes": 2_200_119_864, "layers": 22, "hidden": 2048, "key_value": 256},
-    **{"feed_forward": 5632, "heads": 32, "vocabulary": 32000},
+    **{"name": "llama", "digest": "llama", "folder": Path(), "tokenizer": None},
+    **{"positions": 2048, "vocabulary": 32000, "parameters": 1_100_048_384},
+    file_bytes=2_200_119_864,
+    config=LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+    ),
     linear={
         **dict.fromkeys(("q_proj", "o_proj"), ((2048, 2048),) * 22),
         **dict.fromkeys(("k_proj", "v_proj"), ((2048, 256),) * 22),
@@ -468,7 +476,7 @@ def test_what_a_pass_keeps_on_a_mac_is_at_most_the_estimate(monkeypatch, width, 
     """The path that MPS takes: attention as plain products of whole rows, sizes filled up."""
     from peft import LoraConfig, get_peft_model
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     shape = {"vocab_size": 300, "hidden_size": 256, "intermediate_size": 704}
     shape |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 1}
@@ -477,8 +485,7 @@ def test_what_a_pass_keeps_on_a_mac_is_at_most_the_estimate(monkeypatch, width, 
     model = get_peft_model(base.to(getattr(torch, dtype)), lora, autocast_adapter_dtype=True)
     finetune.install_engine(model)
     monkeypatch.setattr(finetune, "LONGEST_MATH_ROW", 0)
-    facts = {"layers": 3, "hidden": 256, "key_value": 64, "feed_forward": 704, "heads": 4}
-    numbers = dataclasses.replace(TINYLLAMA, **facts, vocabulary=300)
+    numbers = dataclasses.replace(TINYLLAMA, config=base.config, vocabulary=300)
     ids = [[7 * n % 299 + 1, *(k * (n + 3) % 299 + 1 for k in range(width - 1))] for n in range(8)]
     examples = [{"input_ids": row, "spans": [[width // 2, width]]} for row in ids]
     layout = finetune.lay_out(examples, "cpu", 1, fill=True)
