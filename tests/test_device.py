@@ -101,6 +101,19 @@ def test_every_fault_of_a_device_is_found(kind):
     )
 
 
+def test_a_device_that_rounds_coarsely_is_granted_that_and_no_more():
+    def products(change):  # of float32, not those of float64 that they are compared with
+        return lambda real, a, m: real(change(a[0]) if a[0].dtype == torch.float32 else a[0], a[1])
+
+    exact = finetune.tolerance_of("cpu", "float32")
+    with Broken("mm", products(lambda x: x.bfloat16().float()), {}):
+        coarse = finetune.tolerance_of("cpu", "float32")
+    with Broken("mm", products(lambda x: 3 * x), {}):
+        wrong = finetune.tolerance_of("cpu", "float32")
+    assert (exact, wrong) == (1e-3, 5e-2)
+    assert 5e-3 < coarse < 5e-2
+
+
 def test_the_time_of_a_sample_of_the_work_is_measured():
     assert 0 < finetune.time_products("cpu", "float32") < 60
 

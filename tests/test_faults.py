@@ -45,7 +45,7 @@ class Child:
 
     def wait_until(self, what: str, condition: "Callable[[], bool]") -> None:
         """Wait until something is true."""
-        for _ in range(12_000):
+        for _ in range(60_000):
             if condition():
                 return
             time.sleep(0.005)

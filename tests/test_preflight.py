@@ -347,9 +347,12 @@ def test_a_device_that_fails_its_self_test_is_not_trained_on(
     assert report.device == ("cpu" if words else "mps")
     detail = next(check.detail for check in report.checks if check.name == "device")
     assert (words or "takes 1.00 s, 0.50 s in bf16, 2.00 s on the CPU") in detail
+    assert report.dtype == ("float32" if words else "bfloat16")
     if words:
         insisting = told(settings(device="mps"))["device"]
         assert insisting.startswith("ok" if "slower" in words else "FAIL")
+    else:  # who names the device decides on the dtype, too
+        assert "base model in float32" in told(settings(device="mps"))["device"]
         monkeypatch.setattr("platform.machine", lambda: "x86_64")  # an Intel Mac's GPU
         assert finetune.choose_device("auto")[0] == "cpu"
 
