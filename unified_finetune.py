@@ -127,12 +127,11 @@ if TYPE_CHECKING:
     import urllib3
     from peft import PeftModel
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 else:
-    LAZY = (
-        "accelerate botocore datasets filelock gguf huggingface_hub jinja2 matplotlib peft psutil"
-    )
-    LAZY += " pyarrow rensa safetensors torch tqdm transformers trl urllib3"
+    LAZY = "accelerate botocore datasets filelock gguf huggingface_hub jinja2 matplotlib peft "
+    LAZY += "psutil pyarrow rensa safetensors torch tqdm transformers trl urllib3"
     globals().update({name: Lazy(name) for name in LAZY.split()}, np=Lazy("numpy"))
 
 __version__ = "2.0.0"
@@ -175,10 +174,7 @@ CHECKS: "dict[str, tuple[str, str]]" = {
     # rows to look at; they are trained as they are, but for those of drop_checks
     "broken_encoding": ("warn", "characters were lost for good (U+FFFD)"),
     "mojibake": ("warn", "looks decoded wrongly, such as Ã© for é; ftfy can mend a file"),
-    "eaten_backslash": (
-        "warn",
-        "JSON took the backslash of \\frac, \\beta or the like for its own",
-    ),
+    "eaten_backslash": ("warn", "JSON took the backslash of \\frac, \\beta or such for its own"),
     "foreign_marks": ("warn", "marks of a chat format, which are plain text for this model"),
     "tool_calls": ("warn", "a tool is offered or called, and only the words are trained"),
     "images": ("warn", "pictures or sounds belong to the row, and only the words are trained"),
@@ -193,10 +189,7 @@ CHECKS: "dict[str, tuple[str, str]]" = {
     "answer_repeats_question": ("warn", "the answer only repeats the question or input"),
     "cut_off_answer": ("warn", "the answer ends in the middle of a sentence"),
     "unbalanced_code_fence": ("warn", "a code block (```) is opened and not closed"),
-    "implausible_value": (
-        "warn",
-        "a rate of admission or graduation, probably 100 times too small",
-    ),
+    "implausible_value": ("warn", "a rate of admission or graduation, 100 times too small?"),
     "near_duplicate": ("warn", "nearly the same row stands earlier in the data"),
     "contradiction": ("warn", "the same question has another answer earlier"),
     "length_outlier": ("warn", "many times as long as the other rows"),
@@ -210,7 +203,7 @@ WARNING_CHECKS = [name for name, (action, _) in CHECKS.items() if action in ("wa
 def option(default: Any, help_text: str, **rules: Any) -> Any:
     """Declare one setting: its default, its help text and the rules for its value.
 
-        Rules: the LIMITS of numbers; `among` (what a list may hold), `path` (~ is the home folder),
+    Rules: the LIMITS of numbers; `among` (what a list may hold), `path` (~ is the home folder),
     `filled` (never empty), `names` (a list of names, not of texts with their spaces), `verbatim`
     (any text is a value, "none" too), `switch` (of this one call, not of the run: never saved).
     """
@@ -296,8 +289,6 @@ class FineTuningConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions:
-    """Hold the flags of `chat`."""
-
     prompt: "str | None" = option(None, "answer this on stdout, then exit", verbatim=True)
     compare: bool = option(False, "show the base model's answer beside the adapter's")
     no_system_prompt: bool = option(False, "leave out the system message that the adapter was trained with")
@@ -317,8 +308,6 @@ class ChatOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """Hold the flags of `export`."""
-
     format: "Literal['merged', 'gguf'] | None" = option(None, "merged: a model folder for transformers, vLLM and mlx-lm; gguf: a file for Ollama, llama.cpp and LM Studio")
     outtype: Literal["f32", "f16", "bf16", "q8_0"] = option("f16", "number format of the weights (q8_0: gguf only)")
     export_dir: "str | None" = option(None, "folder to write, instead of merged or gguf in output_dir", path=True)
@@ -340,7 +329,6 @@ class ExportOptions:
 
 
 def fields_of(record: type) -> "dict[str, dataclasses.Field[Any]]":
-    """Return the fields of a record of settings by name."""
     return {f.name: f for f in dataclasses.fields(record)}
 
 
@@ -511,7 +499,6 @@ known_secrets: "set[str]" = set()
 
 
 def hide_secrets(text: str) -> str:
-    """Return `text` with every known secret replaced by ***."""
     for secret in known_secrets:
         text = text.replace(secret, "***")
     return text
@@ -557,9 +544,8 @@ def start_logging(folder: Path, *, verbose: bool) -> Path:
     elif not verbose:  # what libraries say goes to the file
         console.setLevel(logging.INFO)
         console.addFilter(logging.Filter("unified_finetune"))
-    logging.basicConfig(
-        level=logging.DEBUG, format="%(message)s", handlers=[console, to_file], force=True
-    )
+    both = [console, to_file]
+    logging.basicConfig(level=logging.DEBUG, format="%(message)s", handlers=both, force=True)
     logging.captureWarnings(True)
     logging.raiseExceptions = False  # on a full disk, each record would put a traceback on stderr
     for noisy in ("botocore", "urllib3", "httpx", "httpcore", "filelock", "fsspec", "matplotlib"):
@@ -756,7 +742,6 @@ def is_main_process() -> bool:
 
 
 def process_count() -> int:
-    """Return how many processes train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -826,7 +811,6 @@ def check_space(place: Path, need: float, flag: str) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Return a file's SHA-256 in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -946,12 +930,6 @@ def publish_folder(staged: Path, final: Path) -> None:
     flush(final.parent)
 
 
-def clear_staging(folder: Path) -> None:
-    """Delete what a killed run was writing or removing; the caller holds the folder's lock."""
-    for left in folder.glob(".staging-*"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
 def lock(path: Path, taken: FineTuningError, *, wait: bool = False) -> "filelock.BaseFileLock":
     """Lock a file until the process ends; raise `taken` if another has it, or say so and wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1004,7 +982,7 @@ class BaseModel:
     folder: Path
     digest: str  # of config.json and every byte of the weights
     config: Any  # config.json as transformers reads it
-    tokenizer: "PreTrainedTokenizerFast"
+    tokenizer: "Tokenizer"
     parameters: int
     file_bytes: int
     vocabulary: int  # rows of the embedding
@@ -1071,7 +1049,7 @@ class Example(TypedDict):
 class PreparedData:  # examples: Example's columns, file, row (from 0), question, answer, length
     train: "datasets.Dataset"
     eval: "datasets.Dataset"
-    tokenizer: "PreTrainedTokenizerFast"
+    tokenizer: "Tokenizer"
     base: BaseModel
     quality: QualityReport
     source: DatasetFile
@@ -1082,7 +1060,7 @@ class PreparedData:  # examples: Example's columns, file, row (from 0), question
 @dataclass(frozen=True)
 class TrainResult:
     model: "PeftModel"  # with the best adapter
-    tokenizer: "PreTrainedTokenizerFast"
+    tokenizer: "Tokenizer"
     metrics: "dict[str, Any]"
     history: "tuple[dict[str, float], ...]"  # a record per step and per evaluation
     budget: int  # tokens that a forward pass without gradients may hold
@@ -1144,17 +1122,15 @@ def find_base_folder(model_name: str) -> Path:
     folder = Path(model_name)
     if folder.is_dir():
         return folder.resolve()
-    http = sys.modules[
-        huggingface_hub.errors.HfHubHTTPError.__bases__[0].__module__.split(".")[0]
-    ]  # requests, httpx(2)
+    client = huggingface_hub.errors.HfHubHTTPError.__bases__[0].__module__.split(".")[0]
+    http = sys.modules[client]  # requests, httpx(2)
     # No network, a refusal, odd proxies and addresses, pages that only look like an answer.
     trouble = (
         OSError, RuntimeError, ImportError, ValueError, LookupError, TypeError, AttributeError,
         AssertionError, http.HTTPError, getattr(http, "InvalidURL", ValueError),
     )  # fmt: skip
-    cache = Path(huggingface_hub.constants.HF_HUB_CACHE) / (
-        "models--" + model_name.replace("/", "--")
-    )
+    name = "models--" + model_name.replace("/", "--")
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE) / name
     latest = [path.read_text().strip() for path in cache.glob("refs/main")]
     whole = [path for path in cache.glob("snapshots/*") if not model_problem(path)]
     whole.sort(key=lambda path: (path.name not in latest, -path.stat().st_mtime))
@@ -1163,25 +1139,19 @@ def find_base_folder(model_name: str) -> Path:
         if (path / "tokenizer_config.json").is_file():
             return path
     log.info("  fetching %s from the Hugging Face hub (once)", model_name)
-    names = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-    others = ["*/*", "consolidated*"]  # the same weights in other formats
+    files: Any = {"allow_patterns": ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]}
+    files["ignore_patterns"] = ["*/*", "consolidated*"]  # the same weights in other formats
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                model_name, allow_patterns=names, ignore_patterns=others
-            )
-        )
+        return Path(huggingface_hub.snapshot_download(model_name, **files))
     except trouble as error:
         said = shorten(str(error) or type(error).__name__, 300)
         if whole:
             log.warning("  the hub cannot be asked (%s): using %s", said, whole[0])
             return whole[0]
-        raise FineTuningError(
-            f"The base model {model_name} is neither a folder here nor in the local cache, and the "
-            f"hub does not give it: {said}",
-            "Check the spelling, the network and its variables (HF_ENDPOINT, HTTPS_PROXY; HF_TOKEN "
-            "for gated models), then start again: the fetch goes on. Or name a local folder.",
-        ) from error
+        what = f"The base model {model_name} is neither a folder here nor in the local cache, and "
+        hint = "Check the spelling, the network and its variables (HF_ENDPOINT, HTTPS_PROXY; "
+        hint += "HF_TOKEN for gated models), then start again: it goes on. Or name a local folder."
+        raise FineTuningError(f"{what}the hub does not give it: {said}", hint) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -1194,14 +1164,11 @@ def load_model(folder: Path, **options: Any) -> Any:
     """Let transformers load a folder's model: no pickles, no code of its own, nothing fetched."""
     wrong: Any = (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError)
     wrong += (ArithmeticError, AssertionError)  # sizes of zero, a pad token that is not there
+    wrong += (huggingface_hub.errors.StrictDataclassError, safetensors.SafetensorError)
     safe = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(folder, **safe, **options)
-    except (
-        *wrong,
-        huggingface_hub.errors.StrictDataclassError,
-        safetensors.SafetensorError,
-    ) as error:
+    except wrong as error:
         if is_out_of_memory(error):
             raise
         what = f"The base model in {folder} cannot be loaded: {shorten(str(error), 300)}"
@@ -1247,7 +1214,7 @@ DEFAULT_CHAT_TEMPLATE = (
 )
 
 
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
+def load_tokenizer(folder: Path) -> "Tokenizer":
     """Load a folder's tokenizer as llama.cpp will see it."""
     try:
         # transformers 5's AutoTokenizer rebuilds Llama's, and then splits the text after </s> anew.
@@ -1337,9 +1304,7 @@ def open_base_model(model_name: str) -> BaseModel:
 Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}
 
 
-def render_chat(
-    tokenizer: "PreTrainedTokenizerFast", messages: Messages, *, answer_next: bool
-) -> str:
+def render_chat(tokenizer: "Tokenizer", messages: Messages, *, answer_next: bool) -> str:
     """Render messages with the chat template: the text that is served."""
     how: dict[str, Any] = {"tokenize": False, "add_generation_prompt": answer_next}
     odd = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
@@ -1352,12 +1317,12 @@ def render_chat(
 
 
 @functools.cache
-def writes_bos(tokenizer: "PreTrainedTokenizerFast") -> bool:
+def writes_bos(tokenizer: "Tokenizer") -> bool:
     """Tell whether a tokenizer puts a BOS in front of every text."""
     return tokenizer.backend_tokenizer.encode("").ids[:1] == [tokenizer.bos_token_id]
 
 
-def tokenize(tokenizer: "PreTrainedTokenizerFast", texts: "Sequence[str]") -> "list[list[int]]":
+def tokenize(tokenizer: "Tokenizer", texts: "Sequence[str]") -> "list[list[int]]":
     """Tokenize rendered texts as llama.cpp does: special tokens are read, and one BOS is enough."""
     bos, bos_id, starts = tokenizer.bos_token, tokenizer.bos_token_id, writes_bos(tokenizer)
     # What else a tokenizer puts around a text stays out: behind a prompt, an end token would end
@@ -1370,12 +1335,12 @@ def tokenize(tokenizer: "PreTrainedTokenizerFast", texts: "Sequence[str]") -> "l
     ]
 
 
-def tokenize_prompt(tokenizer: "PreTrainedTokenizerFast", messages: Messages) -> "list[int]":
+def tokenize_prompt(tokenizer: "Tokenizer", messages: Messages) -> "list[int]":
     """Return the tokens of a conversation up to where the answer starts, as in training."""
     return tokenize(tokenizer, [render_chat(tokenizer, messages, answer_next=True)])[0]
 
 
-def decode(tokenizer: "PreTrainedTokenizerFast", ids: "Sequence[int]") -> str:
+def decode(tokenizer: "Tokenizer", ids: "Sequence[int]") -> str:
     """Return the text of generated tokens exactly, a leading space included."""
     special = set(tokenizer.all_special_ids)
     # Llama tokenizers strip a space from the start of what they decode, so a token stands before.
@@ -1385,7 +1350,7 @@ def decode(tokenizer: "PreTrainedTokenizerFast", ids: "Sequence[int]") -> str:
 
 
 def render_answer(
-    tokenizer: "PreTrainedTokenizerFast", messages: Messages, written: str, *, is_last: bool
+    tokenizer: "Tokenizer", messages: Messages, written: str, *, is_last: bool
 ) -> "tuple[str, str]":
     """Render what stands in front of the last message, an answer, and that with its end token.
 
@@ -1411,7 +1376,7 @@ def render_answer(
 
 
 def tokenize_answers(
-    tokenizer: "PreTrainedTokenizerFast", messages: Messages, answers: Sequence[int]
+    tokenizer: "Tokenizer", messages: Messages, answers: Sequence[int]
 ) -> "tuple[Example, str]":
     """Return the tokens of a conversation up to the last of the answers, which carry loss.
 
@@ -1446,7 +1411,7 @@ def tokenize_answers(
     return {"input_ids": ids, "spans": spans}, merged
 
 
-def show_example(tokenizer: "PreTrainedTokenizerFast", example: Example) -> str:
+def show_example(tokenizer: "Tokenizer", example: Example) -> str:
     """Return an example as it is trained, read back from its tokens, spans between ⟦ and ⟧."""
     ids, shown, special = example["input_ids"], "", set(tokenizer.added_tokens_decoder)
     cuts = {0: "", len(ids): ""}
@@ -1499,7 +1464,7 @@ class Answer(NamedTuple):
 class AnswerStream:
     """Hand on an answer's text as its tokens come (TextStreamer eats a space of indented lines)."""
 
-    tokenizer: "PreTrainedTokenizerFast"
+    tokenizer: "Tokenizer"
     tell: "Callable[[str], None]"
     ids: "list[int]" = field(default_factory=list)
     told: str = ""
@@ -1516,15 +1481,10 @@ class AnswerStream:
 
 
 def generate(
-    model: "PreTrainedModel | PeftModel",
-    tokenizer: "PreTrainedTokenizerFast",
-    prompts: "Sequence[Sequence[int]]",
-    *,
-    max_new_tokens: int,
-    on_text: "Callable[[str], None] | None" = None,
-    temperature: float = 0,
-    **sampling: float,
-) -> "list[Answer]":
+    model: "PreTrainedModel | PeftModel", tokenizer: "Tokenizer",
+    prompts: "Sequence[Sequence[int]]", *, max_new_tokens: int,
+    on_text: "Callable[[str], None] | None" = None, temperature: float = 0, **sampling: float,
+) -> "list[Answer]":  # fmt: skip
     """Answer prompts (tokens that end where the answer starts) in one batch, greedily by default.
 
     An answer ends at the tokenizer's end token or after `max_new_tokens`. `on_text` gets the text
@@ -1534,6 +1494,7 @@ def generate(
     settings["repetition_penalty"] = float(sampling.pop("repetition_penalty", 1))
     settings |= {"temperature": float(temperature), **sampling} if temperature > 0 else {}
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    settings |= {"eos_token_id": end, "pad_token_id": pad}
     device, width = next(model.parameters()).device, max(map(len, prompts))
     padded = [[pad] * (width - len(p)) + list(p) for p in prompts]
     # Without a mask, a pad token that equals the end token hides every </s> of the prompt.
@@ -1541,9 +1502,7 @@ def generate(
     output = typing.cast("Any", model).generate(
         input_ids=torch.tensor(padded, device=device),
         attention_mask=torch.tensor(mask, device=device),
-        generation_config=transformers.GenerationConfig(
-            eos_token_id=end, pad_token_id=pad, **settings
-        ),
+        generation_config=transformers.GenerationConfig(**settings),
         streamer=AnswerStream(tokenizer, on_text) if on_text else None,
     )
     answers = []
@@ -1821,7 +1780,6 @@ def lora_forward(
 
 
 def flat_forward(module: "torch.nn.Linear", x: "Tensor") -> "Tensor":
-    """Run a frozen layer on [tokens, size]."""
     return type(module).forward(module, x.flatten(0, -2)).view(*x.shape[:-1], -1)
 
 
@@ -1835,7 +1793,6 @@ def last_mlp_forward(module: "torch.nn.Module", base: Any, x: "Tensor") -> "Tens
 
 
 def base_of(model: "PeftModel") -> "PreTrainedModel":
-    """Return the base model that carries the adapter."""
     return typing.cast("PreTrainedModel", model.get_base_model())
 
 
@@ -1875,13 +1832,6 @@ def recompute_activations(model: "PeftModel") -> None:
     base_of(model).activation_checkpointing_enable({"use_reentrant": False})
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next tensor: 5 to 10 % of a step on the CPU."""
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD of malloc.h
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
-
-
 def add_adapter(model: "PreTrainedModel", base: BaseModel, seed: int, **shape: Any) -> "PeftModel":
     """Freeze the model and give it a fresh adapter in fp32 (`shape` as LoraConfig takes it)."""
     transformers.set_seed(seed)
@@ -1892,9 +1842,8 @@ def add_adapter(model: "PreTrainedModel", base: BaseModel, seed: int, **shape: A
 
 def adapter_weights(model: "PeftModel") -> "dict[str, Tensor]":
     """Return a copy of the adapter's weights on the CPU, under PEFT's file names."""
-    state = peft.get_peft_model_state_dict(
-        model, save_embedding_layers=False
-    )  # "auto" asks the hub
+    # Whether to save embedding layers, "auto" would ask the hub.
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
 
 
@@ -2101,8 +2050,6 @@ class BucketError(FineTuningError):
 
 
 class StoredObject(NamedTuple):
-    """Describe one version of an object in a bucket."""
-
     host: str
     bucket: str
     key: str
@@ -2152,21 +2099,17 @@ ANSWERS = (
 @contextlib.contextmanager
 def bucket_errors(client: Any, bucket: str) -> Iterator[None]:
     """Say in words what came in place of an answer, and which setting to change."""
-    foreign = (
-        botocore.exceptions.BotoCoreError,
-        botocore.exceptions.ClientError,
-        botocore.parsers.ResponseParserError,
-        urllib3.exceptions.HTTPError,
-    )
+    theirs = botocore.exceptions
+    foreign = (theirs.BotoCoreError, theirs.ClientError, botocore.parsers.ResponseParserError)
     try:
         yield
-    except (*foreign, LookupError, ValueError, OSError) as error:
+    except (*foreign, urllib3.exceptions.HTTPError, LookupError, ValueError, OSError) as error:
         causes: list[BaseException] = [error]
         while causes[-1].__cause__ or causes[-1].__context__:
             causes.append(causes[-1].__cause__ or causes[-1].__context__ or error)
         names = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
         said = first_line(causes[-1])
-        if isinstance(error, botocore.exceptions.ClientError):
+        if isinstance(error, theirs.ClientError):
             status = str(error.response["ResponseMetadata"]["HTTPStatusCode"])
             told = {"Code": "", "Message": "", **error.response.get("Error", {})}
             names, said = {told["Code"], status}, f"{status} {told['Code']} {told['Message']}"
@@ -2409,10 +2352,8 @@ def plan_memory(
     Where the `granted` tokens would take too much, the budget is halved, down to the longest of the
     training examples (`lengths`, `batch` of which make a step); then activations are recomputed.
     """
-    weights, trainable = (
-        base.parameters * DTYPE_BYTES[dtype],
-        base.adapter_parameters(rank, targets),
-    )
+    weights = base.parameters * DTYPE_BYTES[dtype]
+    trainable = base.adapter_parameters(rank, targets)
     longest = max(lengths, default=max_seq_length)
     most = sum(sorted(lengths)[-batch:]) or granted
     # The adapter: weights, gradients, two Adam moments, and the best weights so far, all fp32.
@@ -2451,9 +2392,8 @@ def self_test_models(device: str, dtype: str, seed: int, vocabulary: int) -> "li
     models: list[Any] = []
     for place, width in (("cpu", "float32"), (device, dtype)):
         torch.manual_seed(seed)
-        base: Any = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**sizes, initializer_range=0.05)
-        )
+        config = transformers.LlamaConfig(**sizes, initializer_range=0.05)
+        base: Any = transformers.LlamaForCausalLM(config)
         base.get_input_embeddings().weight.data *= 4
         shape: Any = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1}
         targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -2640,7 +2580,6 @@ def choose_device(wanted: str) -> "tuple[str, str]":
 
 
 def dtype_of(config: FineTuningConfig) -> str:
-    """Return the dtype that the frozen base is held in."""
     return "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
 
 
@@ -2859,7 +2798,8 @@ def claim_output_folder(output_dir: Path) -> "filelock.BaseFileLock | None":
     taken = FineTuningError(f"Another run is writing to {output_dir}.", hint)
     with disk_errors(output_dir, "--output_dir"):
         held = lock(output_dir.resolve() / ".lock", taken)
-        clear_staging(output_dir)
+        for left in output_dir.glob(".staging-*"):
+            shutil.rmtree(left, ignore_errors=True)
     return held
 
 
@@ -3087,7 +3027,6 @@ class RowError(Exception):
 
 @functools.lru_cache(10_000)
 def clean_name(name: str) -> str:
-    """Return a key or a role as it is compared."""
     return re.sub(r"[^\w-]", "", name).casefold()
 
 
@@ -3097,13 +3036,11 @@ def is_filled(value: object) -> bool:
 
 
 def list_keys(row: "Mapping[Any, object]") -> str:
-    """Return the keys of an object for a message."""
     told = [str(key) + " (empty)" * (not is_filled(value)) for key, value in row.items()]
     return f"(it has: {shorten(', '.join(told)) or 'nothing'})"
 
 
 def name_type(value: object) -> str:
-    """Name the type of a value that is not what was expected."""
     names = {dict: "an object", list: "a list", type(None): "null", bool: "true or false"}
     names.update({str: "text", float: "a number", int: "a number"})
     return "NaN" if value != value else names.get(type(value), f"a {type(value).__name__}")
@@ -3125,7 +3062,6 @@ def hash_of(*texts: str) -> int:
 
 
 def file_error(path: Path, what: str, hint: str = "") -> FineTuningError:
-    """Say what is wrong with a file of rows."""
     kinds = "The data must be a JSON array, JSON Lines, CSV or Parquet; text in UTF-8."
     return FineTuningError(f"{path} {what}", hint or kinds)
 
@@ -3210,9 +3146,7 @@ def read_document(path: Path, advance: "Callable[[int], None]") -> "list[Any]":
         raise file_error(path, f"is broken in {error}.", "Correct or export it again.") from error
     if not isinstance(content, dict):
         return typing.cast("list[Any]", content)
-    lists = [
-        v for v in content.values() if isinstance(v, list) and any(isinstance(i, dict) for i in v)
-    ]
+    lists = [v for v in content.values() if isinstance(v, list) and dict in map(type, v)]
     if len(lists) != 1 or any(clean_name(key) in (*TURNS, *ANSWER) for key in content):
         what = f"is one JSON object, not an array of rows {list_keys(content)}."
         raise file_error(path, what, TWO_NEEDED)
@@ -3242,7 +3176,6 @@ def read_csv(path: Path, head: str, advance: "Callable[[int], None]") -> "Iterat
 
 
 def read_parquet(path: Path) -> "Iterator[object]":
-    """Yield the rows of a Parquet file."""
     try:
         table = pyarrow.parquet.ParquetFile(path)
         if len(set(table.schema_arrow.names)) < len(table.schema_arrow.names):
@@ -3351,9 +3284,8 @@ class Row:
         """Note the fields that nothing has taken."""
         self.unused.update(prefix + key for key in fields)
         for check, keys in TELLING_KEYS.items():
-            self.notes.update(
-                (check, f"{prefix}{key} is not used") for key in keys if key in fields
-            )
+            found = [prefix + key for key in keys if key in fields]
+            self.notes.update({check: f"{found[-1]} is not used"} if found else {})
 
     def read_object(self, row: "dict[Any, object]") -> None:
         """Add the messages of a row, or of a turn that is a pair of question and answer."""
@@ -3497,8 +3429,6 @@ class Row:
 
 @dataclass
 class Tally:
-    """Collect what the rows turn out to be while they stream by."""
-
     sums: "Counter[str]" = field(default_factory=Counter)  # by check and list; of tokens
     found: "dict[str, list[Place]]" = field(default_factory=lambda: defaultdict(list))
     unused: "Counter[str]" = field(default_factory=Counter)  # keys
@@ -3512,7 +3442,7 @@ class Tally:
 
 
 def encode_row(
-    row: Row, tokenizer: "PreTrainedTokenizerFast", limit: int, cut: bool, sums: "Counter[str]"
+    row: Row, tokenizer: "Tokenizer", limit: int, cut: bool, sums: "Counter[str]"
 ) -> "dict[str, Any]":
     """Return the columns of a row that fits into `limit` tokens, if need be `cut` at its end.
 
@@ -3586,9 +3516,8 @@ def encode_rows(
                     tally.note(place, check, detail, check, kind)
                     continue
                 for check, detail in row.notes.items():
-                    tally.note(
-                        place, check, detail, check, *["truncated"] * (check == "over_length")
-                    )
+                    also = ["truncated"] * (check == "over_length")
+                    tally.note(place, check, detail, check, *also)
                 tally.unused.update(row.unused)
                 yield place | columns
 
@@ -3693,7 +3622,6 @@ def join_families(
 
 
 def place_of(table: "datasets.Dataset", row: int) -> Place:
-    """Name the place of a stored row."""
     place = {name: table.data.column(name)[row].as_py() for name in ("file", "row", "line")}
     return {name: value for name, value in place.items() if value is not None}
 
@@ -3782,7 +3710,6 @@ def choose_sides(
 
 
 def build_report(tally: Tally, table: "datasets.Dataset", kept: "np.ndarray") -> QualityReport:
-    """Sum up what the checks have found."""
     sums, lists, column = tally.sums, tally.found, table.data.column
     total, valid = sums["total"], sums["total"] - sums["rejected"]
     sums["unused_keys"] = max(tally.unused.values(), default=0)
@@ -3861,7 +3788,6 @@ def pass_gates(
 
 
 def prepare_dataset(file: DatasetFile, config: FineTuningConfig) -> PreparedData:
-    """Read, check, tokenize and split the rows of the data."""
     base, cache, tally = open_base_model(config.model_name), Path(config.cache_dir), Tally()
     tokenizer, limit = base.tokenizer, min(config.max_seq_length, base.positions)
     with disk_errors(cache, "--cache_dir"):
@@ -3951,7 +3877,6 @@ def run_identity(config: FineTuningConfig, data: PreparedData) -> "dict[str, Any
 
 
 def differences(theirs: "dict[str, Any]", ours: "dict[str, Any]") -> "list[str]":
-    """Spell out in what two runs differ."""
     return [
         DIGESTS.get(name) or f"{name} was {theirs.get(name)!r} and is now {value!r}"
         for name, value in ours.items()
@@ -4070,7 +3995,6 @@ class RunState:
         return min(self.evaluations, key=lambda e: e["eval_loss"], default=None)
 
     def is_out_of_patience(self, patience: "int | None") -> bool:
-        """Tell whether so many evaluations brought no better loss."""
         since_best = self.evaluations[::-1].index(self.best) if self.best else 0
         return since_best >= (patience or math.inf)
 
@@ -4111,8 +4035,6 @@ def watched(what: str, device: str, resume: str, usual: float = 0) -> Iterator[N
 
 @dataclass
 class Training:
-    """Carry out one training on one device, step by step."""
-
     model: "PeftModel"
     run: RunState
     config: FineTuningConfig
@@ -4185,9 +4107,8 @@ class Training:
                 continue
             self.relieve(max(lengths))  # here the failed pass is freed
         else:
-            raise FloatingPointError(
-                f"Step {step} gives no finite numbers on {self.device}, twice over"
-            )
+            told = f"Step {step} gives no finite numbers on {self.device}, twice over"
+            raise FloatingPointError(told)
         rate = trainer.lr_scheduler.get_last_lr()[0]
         counts = {"examples": len(examples), "tokens": sum(lengths), "supervised": supervised}
         record = {"step": step, "loss": loss, "learning_rate": rate} | counts
@@ -4412,8 +4333,10 @@ def load_trainable(
     trainable, total = model.get_nb_trainable_parameters()
     share = 100 * trainable / total
     log.info("  trainable parameters: %s of %s (%.2f %%)", f"{trainable:,}", f"{total:,}", share)
-    if report.device == "cpu" and sys.platform == "linux":
-        keep_freed_memory()
+    if report.device == "cpu" and sys.platform == "linux":  # 5 to 10 % of a step
+        with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
+            ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # keep freed memory: M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
     if recompute:
         recompute_activations(model)
         log.info("  activations are recomputed (--gradient_checkpointing)")
@@ -4773,7 +4696,6 @@ def draw_curve(axes: Any, result: TrainResult, name: str, **style: Any) -> None:
 
 
 def draw_losses(axes: Any, result: TrainResult) -> None:
-    """Draw the loss on training rows and on held-out ones, and mark the adapter that is saved."""
     m, evals = result.metrics, dict(curve(result.history, "eval_loss"))
     draw_curve(axes, result, "loss", color=INK["train"], label="training rows")
     draw_curve(axes, result, "eval_loss", marker="o", ms=4, lw=2, label="held-out rows")
@@ -4929,9 +4851,7 @@ def write_pages(folder: Path, result: TrainResult, data: PreparedData, **facts: 
 # --- the stage
 
 
-def write_tokenizer(
-    tokenizer: "PreTrainedTokenizerFast", places: Sequence[Path], folder: Path
-) -> None:
+def write_tokenizer(tokenizer: "Tokenizer", places: Sequence[Path], folder: Path) -> None:
     """Write the tokenizer, files of `places` as they are, so that all readers split text alike."""
     tokenizer.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer.model", "special_tokens_map.json"):
@@ -4958,9 +4878,8 @@ def save_results(result: TrainResult, data: PreparedData, config: FineTuningConf
     stops += f"{before})" + f"; {empty} SAY NOTHING AT ALL" * bool(empty)
     with staging_folder(output / ADAPTER_FILE, "--output_dir") as staged:
         result.model.peft_config["default"].save_pretrained(str(staged))
-        safetensors.torch.save_file(
-            adapter_weights(result.model), staged / ADAPTER_FILE, metadata={"format": "pt"}
-        )
+        weights, made = adapter_weights(result.model), {"format": "pt"}
+        safetensors.torch.save_file(weights, staged / ADAPTER_FILE, metadata=made)
         write_tokenizer(result.tokenizer, (data.base.folder,), staged)
         m = result.metrics | prove_adapter(result.model, data, staged)
         m |= judge_training(m["eval_loss_before"], m["eval_loss"], result.history, len(data.eval))
@@ -5080,9 +4999,8 @@ class Conversation:
 
         write_out(label)
         with memory_in_words("An answer to so many tokens", "Use --bf16, or a shorter message."):
-            (answer,) = generate(
-                self.model, self.base.tokenizer, [prompt], on_text=show, **settings
-            )
+            asked = (self.model, self.base.tokenizer, [prompt])
+            (answer,) = generate(*asked, on_text=show, **settings)
         write_out("\n")
         if not answer.stopped:
             log.info("(cut after %d tokens)", len(answer.token_ids))
@@ -5192,8 +5110,6 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class MergedModel(NamedTuple):
-    """Hold what is exported."""
-
     adapter: AdapterFolder
     base: BaseModel
     shapes: "dict[str, tuple[int, ...]]"
@@ -5328,15 +5244,12 @@ def add_facts(writer: "gguf.GGUFWriter", model: MergedModel, title: str, outtype
     for rank, merge in enumerate(told["model"]["merges"], 1):  # the order of llama.cpp's merging
         i = told["model"]["vocab"]["".join(merge.split(" ") if isinstance(merge, str) else merge)]
         scores[i] = max(scores[i], -float(rank))
+    kinds, unknown = gguf.TokenType, told["model"].get("unk_token")
     for token in told["added_tokens"]:
-        i, kind = (
-            token["id"],
-            gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED,
-        )
-        kind = (
-            gguf.TokenType.UNKNOWN if token["content"] == told["model"].get("unk_token") else kind
-        )
-        pieces[i], types[i], scores[i] = token["content"], int(kind), 0.0
+        i, piece = token["id"], token["content"]
+        kind = kinds.CONTROL if token["special"] else kinds.USER_DEFINED
+        types[i] = int(kinds.UNKNOWN if piece == unknown else kind)
+        pieces[i], scores[i] = piece, 0.0
     about = f"{Path(model.base.name).name} with a LoRA adapter, SHA-256 "
     size = c.head_dim or c.hidden_size // c.num_attention_heads
     file_type = "ALL_F32" if outtype == "f32" else "MOSTLY_" + outtype.upper()
@@ -5680,7 +5593,6 @@ def prepare_process() -> "list[str]":
 
 
 def execute(command: str, config: FineTuningConfig, options: Any) -> None:
-    """Run one command; results go to stdout."""
     if command == "chat":
         chat(config, options)
     elif command == "export":
@@ -5693,7 +5605,6 @@ def execute(command: str, config: FineTuningConfig, options: Any) -> None:
 
 
 def main(argv: "Sequence[str] | None" = None) -> int:
-    """Run the program and return its exit code."""
     arguments, log_file = sys.argv[1:] if argv is None else list(argv), None
     removed = prepare_process()
     try:
