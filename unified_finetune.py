@@ -2344,18 +2344,18 @@ def activation_bytes(
 
 
 def plan_memory(
-    base: BaseModel, *, rank: int, targets: Sequence[str], device: str, dtype: str, granted: int,
-    max_seq_length: int, recompute: str, lengths: Sequence[int] = (), batch: int = 1,
-) -> MemoryPlan:  # fmt: skip
+    base: BaseModel, config: FineTuningConfig, device: str, dtype: str, lengths: Sequence[int] = ()
+) -> MemoryPlan:
     """Choose the tokens of a forward pass so that the run fits into the machine's memory.
 
-    Where the `granted` tokens would take too much, the budget is halved, down to the longest of the
-    training examples (`lengths`, `batch` of which make a step); then activations are recomputed.
+    Where the granted tokens would take too much, the budget is halved, down to the longest of the
+    training examples (`lengths`, where they are known); then activations are recomputed.
     """
-    weights = base.parameters * DTYPE_BYTES[dtype]
-    trainable = base.adapter_parameters(rank, targets)
-    longest = max(lengths, default=max_seq_length)
-    most = sum(sorted(lengths)[-batch:]) or granted
+    weights, recompute = base.parameters * DTYPE_BYTES[dtype], config.gradient_checkpointing
+    trainable = base.adapter_parameters(config.lora_r, config.target_modules)
+    length = min(config.max_seq_length, base.positions)
+    longest, granted = max(lengths, default=length), config.per_device_train_batch_size * length
+    most = sum(sorted(lengths)[-config.effective_batch :]) or granted
     # The adapter: weights, gradients, two Adam moments, and the best weights so far, all fp32.
     fixed = RUNTIME_BYTES + weights + trainable * 20 + 3 * HEAD_CHUNK * base.vocabulary * 4
 
@@ -2535,17 +2535,16 @@ def self_test(device: str, dtype: str) -> "tuple[str | None, list[float]]":
     options: Any = {"capture_output": True, "text": True, "timeout": SELF_TEST_SECONDS}
     try:
         child = subprocess.run(command, check=False, **options)
-    except subprocess.TimeoutExpired:
-        return f"the self-test hung (no answer in {SELF_TEST_SECONDS} s)", []
-    if child.returncode:
-        log.debug("Self-test: %s", child.stderr)
-        reason = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        return f"the self-test crashed (exit code {child.returncode}: {reason})", []
-    try:
+        if child.returncode:
+            raise ValueError
         found = json.loads(child.stdout.splitlines()[-1])
         problem, seconds = found["problem"], found["seconds"]
+    except subprocess.TimeoutExpired:
+        return f"the self-test hung (no answer in {SELF_TEST_SECONDS} s)", []
     except (ValueError, LookupError, TypeError):
-        return "the self-test gave no answer", []
+        log.debug("Self-test: %s", child.stderr)
+        reason = (child.stderr.strip().splitlines() or ["it gave no answer"])[-1]
+        return f"the self-test crashed (exit code {child.returncode}: {reason})", []
     if problem is None and device != "cpu":
         with contextlib.suppress(FineTuningError, OSError):  # a folder that cannot be written
             write_whole(record, known | {key: seconds}, "")
@@ -2730,9 +2729,6 @@ def check_training(
         open_adapter(Path(init_adapter))
 
 
-# --- the stage
-
-
 def run_preflight(config: FineTuningConfig) -> PreflightReport:
     """Check everything a run needs and choose the device; raise once, with all that is wrong."""
     output, cache, length = Path(config.output_dir), Path(config.cache_dir), config.max_seq_length
@@ -2769,12 +2765,8 @@ def run_preflight(config: FineTuningConfig) -> PreflightReport:
             start = (config.resume, config.init_adapter)
             checks += check_training(base, targets, length, *start) if base else []
     if base and device:
-        plan = functools.partial(
-            plan_memory, base, rank=config.lora_r, targets=targets, device=device,
-            granted=config.per_device_train_batch_size * length,
-            max_seq_length=min(length, base.positions), recompute=config.gradient_checkpointing,
-        )  # fmt: skip
-        check, dtype = check_memory(lambda kind: plan(dtype=kind), device, dtype)
+        plan = functools.partial(plan_memory, base, config, device)
+        check, dtype = check_memory(plan, device, dtype)
         checks.append(check)
     for check in checks:
         mark = {"ok": "ok  ", "warning": "WARN", "failed": "FAIL"}[check.outcome]
@@ -3743,9 +3735,9 @@ def build_report(tally: Tally, table: "datasets.Dataset", kept: "np.ndarray") ->
 def publish_report(report: QualityReport, output_dir: Path, log_dir: Path) -> Path:
     """Log what the checks have found, and write it, not over a finished run's; return where."""
     left_out = report.total_examples - report.valid_examples + report.dropped_examples
-    what = "  %d rows: %d usable (quality score %.3f); %d left out, %d truncated"
-    usable = report.valid_examples, report.quality_score
-    log.info(what, report.total_examples, *usable, left_out, report.truncated_examples)
+    usable = f"{report.valid_examples} usable (quality score {report.quality_score:.3f})"
+    what = "  %d rows: %s; %d left out, %d truncated"
+    log.info(what, report.total_examples, usable, left_out, report.truncated_examples)
     for name, found in report.check_details.items():
         log.info("  %-24s %6d  %-6s  %s", name, found["count"], found["action"], found["meaning"])
         for example in found["examples"]:
@@ -3814,11 +3806,10 @@ def prepare_dataset(file: DatasetFile, config: FineTuningConfig) -> PreparedData
     why = f", {unused} unused (train_split + eval_split < 1)" * bool(unused)
     log.info("  split: %d to train, %d to evaluate%s", len(train), len(held_out), why)
     lengths = table.data.column("length").to_numpy()[kept]
-    middles = lengths.mean(), np.median(lengths), lengths.max()
-    log.info("  tokens per example: mean %.0f, median %.0f, longest %d", *middles)
-    answers, tokens = (report.answers, report.masked_answers), report.unsupervised_tokens
-    what = "  with loss: %d answers, %d tokens; without: %d answers, %d tokens"
-    log.info(what, answers[0], report.supervised_tokens, answers[1], tokens)
+    told = f"mean {lengths.mean():.0f}, median {np.median(lengths):.0f}, longest {lengths.max()}"
+    log.info("  tokens per example: %s", told)
+    told = f"with loss: {report.answers} answers, {report.supervised_tokens} tokens; without: "
+    log.info("  %s%d answers, %d tokens", told, report.masked_answers, report.unsupervised_tokens)
     turns = np.array(train["answers"]) + np.array(train["masked"])
     chosen = list(dict.fromkeys([int(turns.argmax()), *range(len(train))][:4]))[:3]
     shown = tuple(show_example(tokenizer, typing.cast("Example", train[n])) for n in chosen)
@@ -4349,12 +4340,7 @@ def make_plan(
 ) -> "tuple[MemoryPlan, int, float]":
     """Say what the run will be; return its memory, its steps and its price in trained tokens."""
     lengths, batch, rate = list(data.train["length"]), config.effective_batch, config.learning_rate
-    memory = plan_memory(
-        data.base, rank=config.lora_r, targets=config.target_modules, device=report.device,
-        dtype=report.dtype, granted=config.per_device_train_batch_size * data.max_seq_length,
-        max_seq_length=data.max_seq_length, recompute=config.gradient_checkpointing,
-        lengths=lengths, batch=batch,
-    )  # fmt: skip
+    memory = plan_memory(data.base, config, report.device, report.dtype, lengths)
     steps = math.ceil(config.num_train_epochs * math.ceil(len(lengths) / batch))
     tokens = round(sum(lengths) * steps * batch / len(lengths))
     often = sum(periodic_examples(data, config)["length"]) * (steps // config.eval_steps + 1)
@@ -4405,8 +4391,8 @@ def finish_training(training: Training, data: PreparedData, dtype: str) -> Train
             before = mean_loss(model, data.eval, budget, device)
     if not math.isfinite(eval_loss + before):
         raise FloatingPointError("The last evaluation gives no finite loss")
-    words = "  eval loss %.4f before, %.4f after (the adapter of step %d)"
-    log.info(words, before, eval_loss, best_step)
+    told = f"eval loss {before:.4f} before, {eval_loss:.4f} after (the adapter of step {best_step})"
+    log.info("  %s", told)
     trainable, total = model.get_nb_trainable_parameters()
     counted = ("examples", "tokens", "supervised")
     examples, tokens, supervised = (sum(r[name] for r in state.steps) for name in counted)
@@ -4846,9 +4832,6 @@ def write_pages(folder: Path, result: TrainResult, data: PreparedData, **facts: 
         pages.filters["n"] = "{:,}".format
         text = pages.from_string(page).render(facts) + "\n"
         (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-# --- the stage
 
 
 def write_tokenizer(tokenizer: "Tokenizer", places: Sequence[Path], folder: Path) -> None:
@@ -5341,9 +5324,6 @@ def modelfile(model: MergedModel, system: str, gguf_name: str) -> "tuple[str, st
         "PARAMETER temperature 0\nPARAMETER repeat_penalty 1\n",
     ]
     return "\n".join(lines), ""
-
-
-# --- the command
 
 
 def export_gguf(

@@ -392,9 +392,9 @@ def plan(monkeypatch: pytest.MonkeyPatch, gigabytes: float, dtype: str, **change
     """Plan TinyLlama's training on a machine with so much memory."""
     memory = SimpleNamespace(total=int(gigabytes * 2**30))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    usual = {"rank": 32, "targets": ATTENTION, "device": "cpu", "recompute": "auto"}
-    usual |= {"granted": 2048, "max_seq_length": 1024, "lengths": SHORT, "batch": 16}
-    return finetune.plan_memory(TINYLLAMA, dtype=dtype, **{**usual, **changes})
+    usual = {"lengths": changes.pop("lengths", SHORT), "device": changes.pop("device", "cpu")}
+    config = finetune.FineTuningConfig(**changes)
+    return finetune.plan_memory(TINYLLAMA, config, dtype=dtype, **usual)
 
 
 @pytest.mark.parametrize(
@@ -408,7 +408,7 @@ def test_the_budget_follows_from_the_memory_the_machine_has(
     found = plan(monkeypatch, gigabytes, dtype)
     assert (found.budget, found.recompute) == (budget, recompute)
     assert ("2048 were granted" in found.reason) == (budget < 2048)
-    never = plan(monkeypatch, gigabytes, dtype, recompute="off")
+    never = plan(monkeypatch, gigabytes, dtype, gradient_checkpointing="off")
     assert never.recompute is False and never.budget == budget
 
 
