@@ -282,6 +282,11 @@ class FineTuningConfig:
         }
 
     @property
+    def dtype(self) -> str:
+        """Return the dtype that the frozen base is held in."""
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+
+    @property
     def effective_batch(self) -> int:
         """Return the examples per optimizer step, over all processes together."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
@@ -375,18 +380,15 @@ LIMITS |= {"at_most": operator.le, "below": operator.lt}
 
 def parse_scalar(value: Any, kind: type) -> "bool | int | float":
     """Return a truth value, a finite number, or a whole one (as 7.0 and "1e3" are), not rounded."""
-    if kind is bool:
-        if str(value).lower() in WORDS:
-            return WORDS[str(value).lower()]
-        raise ValueError("must be true or false")
-    with contextlib.suppress(ValueError, OverflowError, TypeError):
-        number = math.nan if isinstance(value, bool) else float(value)
+    text, names = str(value).lower(), {bool: "true or false", int: "a whole number"}
+    if kind is bool and text in WORDS:
+        return WORDS[text]
+    with contextlib.suppress(ValueError, OverflowError):
+        number = float(text)
         whole = int(number)  # raises for what is not finite
-        if number == whole and (kind is int or not isinstance(value, float)):
-            return whole
-        if kind is float:
-            return number
-    raise ValueError("must be a whole number" if kind is int else "must be a number")
+        if kind is float or (kind is int and number == whole):
+            return whole if number == whole else number
+    raise ValueError(f"must be {names.get(kind, 'a number')}")
 
 
 def parse_value(value: Any, kind: Any, rules: "Mapping[str, Any]") -> Any:
@@ -525,14 +527,12 @@ class SafeHandler(logging.StreamHandler["IO[str]"]):
 
 def start_logging(folder: Path, *, verbose: bool) -> Path:
     """Send messages to the console and everything, with timestamps, to a new log file."""
-    name = f"unified_finetune_{datetime.now():%Y%m%d_%H%M%S}"  # local time: a user reads it
+    path = folder / f"unified_finetune_{datetime.now():%Y%m%d_%H%M%S}.log"  # as the clock says
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for ending in ("", f"_{os.getpid()}"):  # two runs may start in one second
-            path = folder / f"{name}{ending}.log"
-            with contextlib.suppress(FileExistsError):
-                stream = path.open("x", encoding="utf-8", errors="backslashreplace")
-                break
+        if path.exists():  # two runs may start in one second
+            path = path.with_stem(f"{path.stem}_{os.getpid()}")
+        stream = path.open("a", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         what = f"The log folder {folder} cannot be written: {error.strerror}"
         raise FineTuningError(what, "Choose another one with --log_dir FOLDER.", 2) from error
@@ -750,15 +750,13 @@ def once_for_all(work: "Callable[[], T]") -> "T":
     if process_count() == 1:
         return work()
     accelerate.PartialState()
-    outcome: list[Any] = [None, None]
-    if is_main_process():
-        try:
-            outcome[0] = work()
-        except FineTuningError as error:
-            outcome[1] = error
+    try:
+        outcome: list[Any] = [work() if is_main_process() else None]
+    except FineTuningError as error:
+        outcome = [error]
     accelerate.utils.broadcast_object_list(outcome)
-    if outcome[1]:
-        raise outcome[1]
+    if isinstance(outcome[0], FineTuningError):
+        raise outcome[0]
     return typing.cast("T", outcome[0])
 
 
@@ -1175,28 +1173,25 @@ def load_model(folder: Path, **options: Any) -> Any:
         raise FineTuningError(what, GET_MODEL_AGAIN) from error
 
 
-def rounded_tensors(folder: Path) -> "list[str]":
-    """Name the weights whose numbers are not of 16, 32 or 64 bits and a floating point."""
-    found = []
-    for path in (folder / name for name in weight_files(folder)):
-        with safetensors.safe_open(path, framework="pt") as file:
-            kinds = {n: file.get_slice(n).get_dtype() for n in file.keys()}  # noqa: SIM118
-        odd = [n for n, kind in kinds.items() if kind not in ("F64", "F32", "F16", "BF16")]
-        found += [name for name in odd if name.endswith(".weight")]
-    return found
-
-
 def read_empty_model(folder: Path) -> "PreTrainedModel":
     """Return the model without its numbers, after comparing its tensors with those of the files."""
     how: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, found = load_model(folder, device_map="meta", dtype=torch.float32, **how)
     # Old checkpoints keep what is computed today.
     surplus = [k for k in found["unexpected_keys"] if ".layers." in k and "inv_freq" not in k]
+    kinds: dict[str, str] = {}
+    for path in (folder / name for name in weight_files(folder)):
+        with safetensors.safe_open(path, framework="pt") as file:
+            kinds |= {n: file.get_slice(n).get_dtype() for n in file.keys()}  # noqa: SIM118
+    rounded = [n for n, kind in kinds.items() if kind not in ("F64", "F32", "F16", "BF16")]
     for names, what in (
         (found["missing_keys"], "its files lack {}, and random numbers would take its place"),
         ([k[0] for k in found["mismatched_keys"]], "{} has another shape than config.json says"),
         (surplus, "its files hold {}, which config.json does not"),
-        (rounded_tensors(folder), "{} are whole numbers or of 8 bits, which nothing here reads"),
+        (
+            [n for n in rounded if n.endswith(".weight")],
+            "{} are whole numbers or of 8 bits, which nothing here reads",
+        ),
     ):
         if names:
             told = what.format(shorten(", ".join(sorted(names)), 200))
@@ -1482,7 +1477,7 @@ class AnswerStream:
 
 def generate(
     model: "PreTrainedModel | PeftModel", tokenizer: "Tokenizer",
-    prompts: "Sequence[Sequence[int]]", *, max_new_tokens: int,
+    prompts: "list[list[int]]", *, max_new_tokens: int,
     on_text: "Callable[[str], None] | None" = None, temperature: float = 0, **sampling: float,
 ) -> "list[Answer]":  # fmt: skip
     """Answer prompts (tokens that end where the answer starts) in one batch, greedily by default.
@@ -1495,13 +1490,10 @@ def generate(
     settings |= {"temperature": float(temperature), **sampling} if temperature > 0 else {}
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     settings |= {"eos_token_id": end, "pad_token_id": pad}
-    device, width = next(model.parameters()).device, max(map(len, prompts))
-    padded = [[pad] * (width - len(p)) + list(p) for p in prompts]
-    # Without a mask, a pad token that equals the end token hides every </s> of the prompt.
-    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    width = padded["input_ids"].shape[1]
     output = typing.cast("Any", model).generate(
-        input_ids=torch.tensor(padded, device=device),
-        attention_mask=torch.tensor(mask, device=device),
+        **padded.to(next(model.parameters()).device),
         generation_config=transformers.GenerationConfig(**settings),
         streamer=AnswerStream(tokenizer, on_text) if on_text else None,
     )
@@ -2578,10 +2570,6 @@ def choose_device(wanted: str) -> "tuple[str, str]":
     return wanted, "asked for"
 
 
-def dtype_of(config: FineTuningConfig) -> str:
-    return "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
-
-
 def check_device(wanted: str, dtype: str) -> "tuple[Check, str, str]":
     """Choose the device; return the check, the device, and the dtype that works there."""
     device, reason = choose_device(wanted)
@@ -2733,7 +2721,7 @@ def run_preflight(config: FineTuningConfig) -> PreflightReport:
     """Check everything a run needs and choose the device; raise once, with all that is wrong."""
     output, cache, length = Path(config.output_dir), Path(config.cache_dir), config.max_seq_length
     paths, names = each_of(config.data_path), each_of(config.dataset_name)
-    base, targets, device, dtype = None, config.target_modules, "", dtype_of(config)
+    base, targets, device, dtype = None, config.target_modules, "", config.dtype
     checks = [check_packages(config.report_to)]
 
     @contextlib.contextmanager
@@ -2907,20 +2895,6 @@ def download_object(client: Any, wanted: StoredObject, folder: Path) -> StoredOb
         held.release()
 
 
-def fetch_objects(bucket: str, prefix: str, names: Texts, folder: Path) -> "list[DatasetFile]":
-    """Return the bucket's chosen objects as verified files; without the bucket, their copies."""
-    client, copies, why = find_objects(bucket, prefix, names, folder)
-    log.log(logging.INFO if client else logging.WARNING, "%s", why)
-    if client:
-        copies = [download_object(client, one, folder) for one in copies]
-    source = "" if client else "cached copy, bucket not asked: "
-    files = []
-    for c in copies:
-        place = f"{source}{c.host}/{c.bucket}/{shorten(c.key)}"
-        files.append(DatasetFile(copy_path(folder, c), c.size, c.etag, c.sha256, place))
-    return files
-
-
 def fetch_dataset(config: FineTuningConfig) -> DatasetFile:
     """Return the data as verified local files: `data_path`, or the bucket's chosen objects."""
     paths, folder, files = each_of(config.data_path), Path(config.cache_dir), list[DatasetFile]()
@@ -2928,10 +2902,20 @@ def fetch_dataset(config: FineTuningConfig) -> DatasetFile:
         source = f"local file {shorten(str(path), 300)}"
         log.info("%s, %s", source.capitalize(), human_bytes(size))
         files.append(DatasetFile(path, size, None, sha256_of(path), source))
-    if not paths:
+
+    def fetch() -> "list[DatasetFile]":
         chosen = (config.r2_bucket_name, config.r2_data_prefix, each_of(config.dataset_name))
+        client, copies, why = find_objects(*chosen, folder)
+        log.log(logging.INFO if client else logging.WARNING, "%s", why)
+        copies = [download_object(client, one, folder) if client else one for one in copies]
+        source = "" if client else "cached copy, bucket not asked: "
+        places = [f"{source}{c.host}/{c.bucket}/{shorten(c.key)}" for c in copies]
+        facts = [(copy_path(folder, c), c.size, c.etag, c.sha256) for c in copies]
+        return [DatasetFile(*f, place) for f, place in zip(facts, places, strict=True)]
+
+    if not paths:
         with disk_errors(folder, CACHE_FLAG):  # an object that is replaced is chosen anew
-            files = keep_trying(lambda: fetch_objects(*chosen, folder), "replaced")
+            files = keep_trying(fetch, "replaced")
     if len(files) == 1:
         return files[0]
     digests, sources = "".join(f.sha256 for f in files), "; ".join(f.source for f in files)
@@ -3036,12 +3020,6 @@ def name_type(value: object) -> str:
     names = {dict: "an object", list: "a list", type(None): "null", bool: "true or false"}
     names.update({str: "text", float: "a number", int: "a number"})
     return "NaN" if value != value else names.get(type(value), f"a {type(value).__name__}")
-
-
-def plain_words(text: str) -> str:
-    """Return the words of a text without case and punctuation, a space between them."""
-    text = text if text.isascii() else unicodedata.normalize("NFKC", text)
-    return re.sub(r"\W+", " ", text.casefold()).strip() or text
 
 
 def hash_of(*texts: str) -> int:
@@ -3463,7 +3441,8 @@ def encode_row(
         row.notes["over_length"] += f": {answered - kept} of its answers are cut off"
     said, asked, replies = list[str](), list[int](), list[int]()
     for place, message in enumerate(row.messages):
-        words = plain_words(message["content"])
+        plain = unicodedata.normalize("NFKC", message["content"]).casefold()
+        words = re.sub(r"\W+", " ", plain).strip() or plain
         if place in row.answers:
             asked.append(hash_of(*said))
             replies.append(hash_of(words))
@@ -5053,7 +5032,7 @@ def chat(config: FineTuningConfig, options: ChatOptions) -> None:
     if is_model and options.compare:
         raise FineTuningError(f"--compare needs an adapter, and {folder} holds a merged model.")
     quiet_libraries()
-    device, dtype = choose_device(config.device)[0], dtype_of(config)
+    device, dtype = choose_device(config.device)[0], config.dtype
     if device == "mps":  # what training would reject gives no answers either
         check, device, dtype = check_device(config.device, dtype)
         log.info("  %s", check.detail)
@@ -5497,12 +5476,11 @@ def read_environment(problems: "list[str]") -> "list[Given]":
         except OSError as error:
             problems.append(f"{path} cannot be read: {error.strerror}")
             continue
-        is_utf16 = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
         try:
-            text = raw.decode("utf-16" if is_utf16 else "utf-8-sig")
+            text = raw.decode(json.detect_encoding(raw))  # UTF-16 too, without its mark as well
         except UnicodeDecodeError:
             text = raw.decode("cp1252", errors="replace")  # Latin-1, as old editors write it
-        dotenv.load_dotenv(stream=io.StringIO(text.replace("\0", "")))  # UTF-16 without its mark
+        dotenv.load_dotenv(stream=io.StringIO(text.replace("\0", "")))
     remember_secrets(*map(os.environ.get, ("R2_ACCESS_KEY_ID", "R2_SECRET_ACCESS_KEY", "HF_TOKEN")))
     bucket = os.environ.get("R2_BUCKET_NAME", "").strip()
     return [("r2_bucket_name", bucket, "R2_BUCKET_NAME")] if bucket else []
