@@ -554,6 +554,55 @@ def start_logging(folder: Path, *, verbose: bool) -> Path:
     return path
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def shorten(text: str, length: int = 120) -> str:
+    """Return foreign text on one line, safe for a terminal, cut to `length` characters."""
+    text = " ".join(text.split())
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: 2 * length])
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error of PyTorch on CUDA, MPS or the CPU says that memory ran out."""
+    words = "out of memory|alloc_failed|invalid buffer size|not enough memory|can(no|')t allocate"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error).lower()))
+
+
+@contextlib.contextmanager
+def memory_in_words(what: str, hint: str) -> Iterator[None]:
+    """Turn memory that runs out into an error that says so."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise FineTuningError(f"{what} does not fit into memory.", hint=hint) from error
+
+
+# What libraries raise for files, settings and answers that they do not expect.
+FOREIGN_ERRORS: "tuple[type[Exception], ...]" = (
+    OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, ArithmeticError,
+    AssertionError, ImportError,
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def library_errors(what: str, hint: str, *others: "type[Exception]") -> Iterator[None]:
+    """Put what a library (or our use of it) raises into words, `what` first."""
+    try:
+        yield
+    except (*FOREIGN_ERRORS, *others) as error:
+        stop.raise_if_asked()  # an import makes an ImportError of a signal
+        if is_out_of_memory(error):
+            raise
+        said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise FineTuningError(f"{what}: {shorten(said, 300)}", hint) from error
+
+
 def adapt_old_packages() -> None:
     """Give the packages of Intel Macs (torch 2.2, transformers 4) what the newer ones have."""
     old: Any = transformers
@@ -580,13 +629,9 @@ def adapt_old_packages() -> None:
 
 def quiet_libraries(*others: Any) -> None:
     """Import the large libraries, and send what transformers says to the log file."""
-    try:
+    hint = "A variable of theirs may be wrong (HF_..., TORCH_...); if not, install them again."
+    with library_errors("PyTorch, transformers or datasets cannot be imported", hint):
         log.debug("Versions: %s", [p.__version__ for p in (torch, transformers, *others)])
-    except (ImportError, OSError, RuntimeError, ValueError, LookupError, AttributeError) as error:
-        stop.raise_if_asked()  # an import makes an ImportError of a signal
-        what = f"PyTorch, transformers or datasets cannot be imported: {shorten(str(error), 300)}"
-        hint = "A variable of theirs may be wrong (HF_..., TORCH_...); if not, install them again."
-        raise FineTuningError(what, hint) from error
     transformers.utils.logging.disable_default_handler()
     transformers.utils.logging.enable_propagation()
     adapt_old_packages()
@@ -601,18 +646,6 @@ def write_out(text: str) -> None:
         # Python flushes stdout once more at its end, and would complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise FineTuningError(f"stdout cannot be written: {error.strerror}.") from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def shorten(text: str, length: int = 120) -> str:
-    """Return foreign text on one line, safe for a terminal, cut to `length` characters."""
-    text = " ".join(text.split())
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: 2 * length])
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def human_bytes(count: float) -> str:
@@ -1123,10 +1156,7 @@ def find_base_folder(model_name: str) -> Path:
     client = huggingface_hub.errors.HfHubHTTPError.__bases__[0].__module__.split(".")[0]
     http = sys.modules[client]  # requests, httpx(2)
     # No network, a refusal, odd proxies and addresses, pages that only look like an answer.
-    trouble = (
-        OSError, RuntimeError, ImportError, ValueError, LookupError, TypeError, AttributeError,
-        AssertionError, http.HTTPError, getattr(http, "InvalidURL", ValueError),
-    )  # fmt: skip
+    trouble = (*FOREIGN_ERRORS, http.HTTPError, getattr(http, "InvalidURL", ValueError))
     name = "models--" + model_name.replace("/", "--")
     cache = Path(huggingface_hub.constants.HF_HUB_CACHE) / name
     latest = [path.read_text().strip() for path in cache.glob("refs/main")]
@@ -1148,29 +1178,16 @@ def find_base_folder(model_name: str) -> Path:
             return whole[0]
         what = f"The base model {model_name} is neither a folder here nor in the local cache, and "
         hint = "Check the spelling, the network and its variables (HF_ENDPOINT, HTTPS_PROXY; "
-        hint += "HF_TOKEN for gated models), then start again: it goes on. Or name a local folder."
+        hint += "HF_TOKEN for gated models), then start again: the fetch goes on. Or name a folder."
         raise FineTuningError(f"{what}the hub does not give it: {said}", hint) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error of PyTorch on CUDA, MPS or the CPU says that memory ran out."""
-    words = "out of memory|alloc_failed|invalid buffer size|not enough memory|can(no|')t allocate"
-    return isinstance(error, MemoryError) or bool(re.search(words, str(error).lower()))
 
 
 def load_model(folder: Path, **options: Any) -> Any:
     """Let transformers load a folder's model: no pickles, no code of its own, nothing fetched."""
-    wrong: Any = (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError)
-    wrong += (ArithmeticError, AssertionError)  # sizes of zero, a pad token that is not there
-    wrong += (huggingface_hub.errors.StrictDataclassError, safetensors.SafetensorError)
     safe = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
-    try:
+    errors = (huggingface_hub.errors.StrictDataclassError, safetensors.SafetensorError)
+    with library_errors(f"The base model in {folder} cannot be loaded", GET_MODEL_AGAIN, *errors):
         return transformers.AutoModelForCausalLM.from_pretrained(folder, **safe, **options)
-    except wrong as error:
-        if is_out_of_memory(error):
-            raise
-        what = f"The base model in {folder} cannot be loaded: {shorten(str(error), 300)}"
-        raise FineTuningError(what, GET_MODEL_AGAIN) from error
 
 
 def read_empty_model(folder: Path) -> "PreTrainedModel":
@@ -1211,7 +1228,8 @@ DEFAULT_CHAT_TEMPLATE = (
 
 def load_tokenizer(folder: Path) -> "Tokenizer":
     """Load a folder's tokenizer as llama.cpp will see it."""
-    try:
+    hint = "Choose a base with a whole tokenizer.json."
+    with library_errors(f"The tokenizer in {folder} cannot be used", hint, Exception):
         # transformers 5's AutoTokenizer rebuilds Llama's, and then splits the text after </s> anew.
         if (folder / "tokenizer.json").is_file():
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
@@ -1226,9 +1244,6 @@ def load_tokenizer(folder: Path) -> "Tokenizer":
                 names = ", ".join(tokenizer.chat_template)
                 raise ValueError(f"none of its chat templates ({names}) is the default")
             tokenizer.chat_template = tokenizer.chat_template["default"]
-    except Exception as error:  # tokenizers raises a plain one for a bad file
-        what = f"The tokenizer in {folder} cannot be used: {first_line(error)}"
-        raise FineTuningError(what, "Choose a base with a whole tokenizer.json.") from error
     tokenizer.backend_tokenizer.no_truncation()  # some tokenizer.json cut or pad on their own
     tokenizer.backend_tokenizer.no_padding()
     if tokenizer.chat_template is None:
@@ -1289,11 +1304,8 @@ def measure_base_model(model_name: str) -> BaseModel:
 @functools.cache
 def open_base_model(model_name: str) -> BaseModel:
     """Return what there is to know about a base model; it is found and measured once."""
-    try:
+    with library_errors(f"The base model {model_name} cannot be read", GET_MODEL_AGAIN):
         return measure_base_model(model_name)
-    except OSError as error:
-        what = f"The base model {model_name} cannot be read: {first_line(error)}."
-        raise FineTuningError(what, GET_MODEL_AGAIN) from error
 
 
 Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}
@@ -1302,13 +1314,10 @@ Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}
 def render_chat(tokenizer: "Tokenizer", messages: Messages, *, answer_next: bool) -> str:
     """Render messages with the chat template: the text that is served."""
     how: dict[str, Any] = {"tokenize": False, "add_generation_prompt": answer_next}
-    odd = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
-    try:
+    hint = "Some templates take no system message, or only alternating turns."
+    error = jinja2.exceptions.TemplateError
+    with library_errors("The model's chat template refuses these messages", hint, error):
         return str(tokenizer.apply_chat_template([dict(m) for m in messages], **how))
-    except (jinja2.exceptions.TemplateError, *odd) as error:
-        what = f"The model's chat template refuses these messages: {first_line(error)}"
-        hint = "Some templates take no system message, or only alternating turns."
-        raise FineTuningError(what, hint) from error
 
 
 @functools.cache
@@ -1428,17 +1437,6 @@ def load_base_model(base: BaseModel, device: str, dtype: str) -> "PreTrainedMode
     model = load_model(base.folder, attn_implementation="sdpa", **how)
     model.generation_config = transformers.GenerationConfig()
     return typing.cast("PreTrainedModel", model.eval())
-
-
-@contextlib.contextmanager
-def memory_in_words(what: str, hint: str) -> Iterator[None]:
-    """Turn memory that runs out into an error that says so."""
-    try:
-        yield
-    except (RuntimeError, MemoryError, OSError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise FineTuningError(f"{what} does not fit into memory.", hint=hint) from error
 
 
 def empty_device_cache(device: str) -> None:
@@ -1905,7 +1903,8 @@ def prove_engine(model: "PeftModel", examples: "datasets.Dataset", device: str) 
     tolerance = tolerance_of(device, str(base.dtype).removeprefix("torch."))
     random = {n: torch.randn(v.shape, generator=noise) / 20 for n, v in before.items()}
     load_adapter_weights(model.eval(), random)
-    try:
+    what = "The engine does not compute this model as transformers does"
+    with library_errors(what, "Choose a base model of the Llama family, such as TinyLlama."):
         for rows in ([examples[i] for i in group] for group in (order[:2], long[:1]) if group):
             layout = lay_out(rows, device)
             with torch.inference_mode():
@@ -1915,12 +1914,7 @@ def prove_engine(model: "PeftModel", examples: "datasets.Dataset", device: str) 
             log.info("  engine proof: loss %.5f packed, %.5f plain", packed, plain)
             if not abs(packed - plain) <= tolerance * max(plain, 0.1):
                 raise ValueError(f"loss {packed:.5f} against {plain:.5f} for the same examples")
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        what = f"The engine does not compute this model as transformers does: {first_line(error)}."
-        hint = "Choose a base model of the Llama family, such as TinyLlama."
-        raise FineTuningError(what, hint) from error
-    finally:
-        load_adapter_weights(model, before)
+    load_adapter_weights(model, before)
 
 
 # --- an adapter on disk
@@ -1999,19 +1993,14 @@ def attach_adapter(model: "PreTrainedModel", adapter: AdapterFolder, device: str
     """Put the adapter on its base model; raise FineTuningError where the two do not fit."""
     # Elsewhere low_cpu_mem_usage would round the weights to the base's dtype (PEFT 0.21).
     how: Any = {"torch_device": device, "low_cpu_mem_usage": model.device.type == "meta"}
-    try:
+    what = f"The adapter in {adapter.path} does not fit the model {adapter.base_name}"
+    with library_errors(what, "Take the adapter_config.json of its own training."):
         tuned = peft.PeftModel.from_pretrained(model, str(adapter.path), **how)
         with safetensors.safe_open(adapter.weights, framework="pt") as file:
             known = peft.get_peft_model_state_dict(tuned, save_embedding_layers=False)
             different = set(file.keys()) ^ set(known)
         if different:
             raise ValueError(f"{len(different)} tensors have no counterpart ({min(different)})")
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        if is_out_of_memory(error):
-            raise
-        what = f"The adapter in {adapter.path} does not fit the model {adapter.base_name}: "
-        what += str(error).strip().splitlines()[-1].strip()  # the first line names only a class
-        raise FineTuningError(what, "Take the adapter_config.json of its own training.") from error
     return tuned
 
 
@@ -3031,9 +3020,11 @@ def hash_of(*texts: str) -> int:
 # --- from files to rows
 
 
-def file_error(path: Path, what: str, hint: str = "") -> FineTuningError:
-    kinds = "The data must be a JSON array, JSON Lines, CSV or Parquet; text in UTF-8."
-    return FineTuningError(f"{path} {what}", hint or kinds)
+DATA_KINDS = "The data must be a JSON array, JSON Lines, CSV or Parquet; text in UTF-8."
+
+
+def file_error(path: Path, what: str, hint: str = DATA_KINDS) -> FineTuningError:
+    return FineTuningError(f"{path} {what}", hint)
 
 
 def read_lines(
@@ -3146,19 +3137,17 @@ def read_csv(path: Path, head: str, advance: "Callable[[int], None]") -> "Iterat
 
 
 def read_parquet(path: Path) -> "Iterator[object]":
-    try:
+    with library_errors(f"{path} cannot be read as a table", DATA_KINDS, pyarrow.ArrowException):
         table = pyarrow.parquet.ParquetFile(path)
         if len(set(table.schema_arrow.names)) < len(table.schema_arrow.names):
             raise file_error(path, "has a column twice.")
         for batch in table.iter_batches(1000):
             yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise file_error(path, f"cannot be read as a table: {first_line(error)}.") from error
 
 
 def read_rows(path: Path, advance: "Callable[[int], None]") -> "Iterator[SourceRow]":
     """Yield the rows of a file, whose kind follows from its content, not from its name."""
-    try:
+    with library_errors(f"{path} cannot be read", "Check the path and its permissions."):
         with path.open("rb") as stream:
             head = stream.read(2000)
             stream.seek(0)
@@ -3187,9 +3176,6 @@ def read_rows(path: Path, advance: "Callable[[int], None]") -> "Iterator[SourceR
         else:
             rows = read_csv(path, first.decode("utf-8", "replace").replace('"', ""), advance)
         yield from ((number, None, row) for number, row in enumerate(rows))
-    except OSError as error:
-        what = f"cannot be read: {error.strerror or error}."
-        raise file_error(path, what, "Check the path and its permissions.") from error
 
 
 # --- from a row of any known shape to a conversation
