@@ -4647,14 +4647,13 @@ def draw_curve(axes: Any, result: TrainResult, name: str, **style: Any) -> None:
 
 
 def draw_losses(axes: Any, result: TrainResult) -> None:
-    m, evals = result.metrics, dict(curve(result.history, "eval_loss"))
-    draw_curve(axes, result, "loss", color=INK["train"], label="training rows")
-    draw_curve(axes, result, "eval_loss", marker="o", ms=4, lw=2, label="held-out rows")
-    axes.axhline(m["eval_loss_before"], color=INK["soft"], ls="--", label="held-out, base model")
-    best = (m["best_step"], evals.get(m["best_step"], m["eval_loss"]))
-    axes.plot(*best, "o", ms=9, mfc="none", mew=2, color=INK["accent"], clip_on=False)
-    side = "right" if 2 * best[0] > m["total_steps"] else "left"
-    axes.annotate(f"best, step {best[0]:,}", best, (0, 10), textcoords="offset points", ha=side)
+    m, step = result.metrics, result.metrics["best_step"]
+    best = dict(curve(result.history, "eval_loss")).get(step, m["eval_loss"])
+    draw_curve(axes, result, "loss", color=INK["train"], label="training")
+    held = {"marker": "o", "ms": 4, "lw": 2, "label": f"held-out, best at {step:,}"}
+    draw_curve(axes, result, "eval_loss", **held)
+    axes.axhline(m["eval_loss_before"], color=INK["soft"], ls="--", label="base model")
+    axes.plot(step, best, "o", ms=9, mfc="none", mew=2, color=INK["accent"], clip_on=False)
     axes.figure.legend(loc="outside upper left", ncols=3, frameon=False, handlelength=1.2)
 
 

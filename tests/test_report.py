@@ -94,7 +94,7 @@ def test_everything_is_on_the_page_and_the_charts_take_their_colours_from_it(rep
         assert len(words) >= 4, "numbers at both axes"
         assert "var(--soft)" in chart
         assert not re.search("#[0-9a-f]{6}", chart.replace("#000000", "")), "a colour of its own"
-    for word in ("training rows", "held-out rows", "held-out, base model", "best, step 4"):
+    for word in ("training", "held-out, best at 4", "base model"):
         assert word in charts["Loss"]
     assert "prefers-color-scheme:dark" in text and "@media print" in text
     metrics = json.loads((report.parent / "training_metrics.json").read_text())
