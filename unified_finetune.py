@@ -2571,8 +2571,9 @@ def check_device(wanted: str, dtype: str) -> "tuple[Check, str, str]":
         there, half, cpu = seconds
         times = f"a sample takes {there:.2f} s, {half:.2f} s in bf16, {cpu:.2f} s on the CPU"
         reason += f"; {times}"
-        faster = wanted == "auto" and dtype == "float32" and there >= 1.15 * half
-        if faster and self_test(device, "bfloat16")[0] is None:
+        is_faster = there >= 1.15 * half and cpu >= half
+        may_choose = wanted == "auto" and dtype == "float32"
+        if may_choose and is_faster and self_test(device, "bfloat16")[0] is None:
             dtype, there = "bfloat16", half
         problem = f"it is slower here: {times}" if wanted == "auto" and cpu < there else None
     if problem and wanted == "auto" and device != "cpu":

@@ -328,6 +328,7 @@ def test_the_digest_is_of_every_byte_and_the_same_in_the_hub_s_cache(tmp_path, t
         ("print('nan')", "gave no answer"),
         ("import time; time.sleep(60)", "hung"),
         ('print(\'{"problem": null, "seconds": [1, 1, 0.5]}\')', "is slower here"),
+        ('print(\'{"problem": null, "seconds": [1, 0.5, 0.4]}\')', "is slower here"),
         ('print(\'{"problem": null, "seconds": [1, 0.5, 2]}\')', None),
     ],
 )
