@@ -56,9 +56,11 @@ import dataclasses
 import difflib
 import errno
 import faulthandler
+import fcntl
 import functools
 import gc
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -71,6 +73,7 @@ import pickle
 import platform
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -115,6 +118,7 @@ if TYPE_CHECKING:
     import jinja2
     import matplotlib.figure
     import numpy as np
+    import packaging.requirements
     import peft
     import psutil
     import pyarrow
@@ -125,13 +129,14 @@ if TYPE_CHECKING:
     import transformers
     import trl
     import urllib3
+    import yaml
     from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
     from transformers import PreTrainedTokenizerFast as Tokenizer
 else:
-    LAZY = "accelerate botocore datasets filelock gguf huggingface_hub jinja2 matplotlib peft "
-    LAZY += "psutil pyarrow rensa safetensors torch tqdm transformers trl urllib3"
+    LAZY = "accelerate botocore datasets filelock gguf huggingface_hub jinja2 matplotlib packaging"
+    LAZY += " peft psutil pyarrow rensa safetensors torch tqdm transformers trl urllib3 yaml"
     globals().update({name: Lazy(name) for name in LAZY.split()}, np=Lazy("numpy"))
 
 __version__ = "2.0.0"
@@ -455,8 +460,6 @@ def read_config_file(path: Path, problems: "list[str]") -> "list[Given]":
     faults: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError)
     try:
         if path.suffix.lower() in (".yaml", ".yml"):
-            import yaml
-
             parse, faults = yaml.safe_load, (*faults, yaml.YAMLError)
         content = parse(path.expanduser().read_text(encoding="utf-8-sig")) or {}
         if not isinstance(content, dict):
@@ -872,8 +875,6 @@ def flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         if sys.platform == "darwin":  # fsync stops at the drive's own cache there
-            import fcntl
-
             with contextlib.suppress(OSError):
                 fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
                 return
@@ -2610,20 +2611,18 @@ def check_memory(
 
 def check_packages(report_to: str) -> Check:
     """Compare the installed packages with the tested pins that apply to this machine."""
-    from importlib import metadata
-
     path = PROGRAM_FOLDER / "requirements-finetuning.txt"
     whole = f"{sys.executable} -m pip install -r {path}"
     try:
-        from packaging.requirements import Requirement
-
         lines = [*path.read_text("utf-8").splitlines(), report_to.replace("none", "")]
-        known = map(Requirement, filter(None, (line.partition("#")[0].strip() for line in lines)))
+        bare = filter(None, (line.partition("#")[0].strip() for line in lines))
+        known = map(packaging.requirements.Requirement, bare)
         pins = [pin for pin in known if not pin.marker or pin.marker.evaluate()]
     except (OSError, ValueError, ImportError) as error:
         outcome: Any = "failed" if isinstance(error, ImportError) else "warning"
         return Check("packages", outcome, f"{path.name} cannot be read: {error}", whole)
-    there = {p: next((d.version for d in metadata.distributions(name=p.name)), "") for p in pins}
+    find = importlib.metadata.distributions
+    there = {pin: next((d.version for d in find(name=pin.name)), "") for pin in pins}
     lacking = [f"{pin.name}{pin.specifier}" for pin in pins if not there[pin]]
     other = [pin for pin in pins if not pin.specifier.contains(there[pin] or "0", True)]
     if lacking:
@@ -4253,8 +4252,6 @@ def keep_awake() -> None:
 
 def peak_memory(device: str) -> int:
     """Return the most memory that was in use, in bytes: the driver's count, else the process's."""
-    import resource
-
     counts = {"cuda": torch.cuda.max_memory_allocated, "mps": torch.mps.driver_allocated_memory}
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -4816,8 +4813,6 @@ def write_tokenizer(tokenizer: "Tokenizer", places: Sequence[Path], folder: Path
 
 def save_results(result: TrainResult, data: PreparedData, config: FineTuningConfig) -> RunArtifacts:
     """Write the adapter, test it (`result.model` is empty then), and publish it with its report."""
-    from importlib.metadata import version
-
     output, settings, prompt = Path(config.output_dir), saved_settings(config), config.system_prompt
     samples = answer_samples(result, data, config.sample_prompts, prompt)
     count, empty = len(samples), sum(not s["tuned"].text.strip() for s in samples)
@@ -4837,7 +4832,8 @@ def save_results(result: TrainResult, data: PreparedData, config: FineTuningConf
             "adapter_sha256": sha256_of(staged / ADAPTER_FILE),
         }  # fmt: skip
         names = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers")
-        packages = {"python": platform.python_version()} | {n: version(n) for n in names}
+        packages = {"python": platform.python_version()}
+        packages |= {name: importlib.metadata.version(name) for name in names}
         provenance = {
             "program": f"unified_finetune {__version__}", "system": platform.platform(),
             "packages": packages, "data": data.source.source, "data_sha256": data.source.sha256,
