@@ -3969,6 +3969,9 @@ def watched(what: str, device: str, resume: str, usual: float = 0) -> Iterator[N
         words = "  %s has not ended for %s: wait, or stop with Ctrl-C and go on with --device "
         words += "cpu. The log file shows where every thread stands"
         log.warning(words, what, human_seconds(patience))
+        for handler in logging.getLogger().handlers:  # `dump_traceback_later` was seen to crash
+            if isinstance(handler, SafeHandler) and handler.name == "file":
+                faulthandler.dump_traceback(handler.stream)
         if device != "cpu" and process_count() == 1 and not ended.wait(2 * patience):
             log.warning("  %s hangs: beginning again from the last checkpoint on the CPU", what)
             again = ["--device", "cpu", "--overwrite", "false"]
@@ -3978,15 +3981,11 @@ def watched(what: str, device: str, resume: str, usual: float = 0) -> Iterator[N
 
     dog = threading.Thread(target=bark, name="watchdog", daemon=True)
     dog.start()
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, SafeHandler) and handler.name == "file":
-            faulthandler.dump_traceback_later(patience, file=handler.stream)
     try:
         yield
     finally:
         ended.set()
         dog.join()  # it holds the model
-        faulthandler.cancel_dump_traceback_later()
 
 
 @dataclass

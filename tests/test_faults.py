@@ -337,9 +337,8 @@ def step(*_, **__):
 torch.optim.AdamW.step = step
 """
 HASTE = """
-wait, dump = threading.Event.wait, faulthandler.dump_traceback_later
+wait = threading.Event.wait
 threading.Event.wait = lambda self, seconds=None: wait(self, seconds and seconds / 500)
-faulthandler.dump_traceback_later = lambda seconds, **how: dump(seconds / 500, **how)
 """
 STUCK = "def a_stuck_kernel():\n    time.sleep(3)\na_stuck_kernel()"
 CLOCK = """
