@@ -22,6 +22,7 @@ import unified_finetune as program
 from unified_finetune import ExportOptions, FineTuningConfig, FineTuningError
 
 SYSTEM = 'You are a counselor.\nSay "net price", not {{ price }}.'
+ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -124,14 +125,18 @@ def logits(model: Any) -> torch.Tensor:
 # --- The merged folder
 
 
-@pytest.mark.parametrize(("outtype", "files"), [("f32", 1), ("f16", 1), ("bf16", 3)])
-def test_merged_weights_are_those_of_peft_to_the_bit(base, tmp_path, outtype, files):
+@pytest.mark.parametrize(
+    ("outtype", "files", "settings"),
+    [("f32", 1, {}), ("f16", 1, {"alpha_pattern": {"o_proj": 3}}),
+     ("bf16", 3, {"use_rslora": True, "rank_pattern": {"q_proj": 4}})],
+)  # fmt: skip
+def test_merged_weights_are_those_of_peft_to_the_bit(base, tmp_path, outtype, files, settings):
     """However many files the base is stored in, and in whatever format."""
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     (base / "model.safetensors").unlink()
     model.save_pretrained(base, max_shard_size="5GB" if files == 1 else "50KB")
     assert len(list(base.glob("*.safetensors"))) >= files
-    adapter = save_adapter(base, tmp_path / "adapter")
+    adapter = save_adapter(base, tmp_path / "adapter", **settings)
     folder = export(adapter, tmp_path / "merged", "merged", outtype)
     kind = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[outtype]
     ours = load_file(folder / "model.safetensors")
@@ -140,37 +145,6 @@ def test_merged_weights_are_those_of_peft_to_the_bit(base, tmp_path, outtype, fi
     assert all(torch.equal(ours[name], theirs[name].to(kind)) for name in theirs)
     config = read(folder / "config.json")
     assert config["dtype"] == config["torch_dtype"] == f"{kind}"[6:]
-
-
-FAMILIES: "dict[str, tuple[dict[str, Any], dict[str, Any]]]" = {  # shape, adapter
-    "MistralConfig": ({}, {}),
-    "Qwen2Config": ({}, {}),
-    "Qwen3Config": ({"head_dim": 16, "tie_word_embeddings": True}, {}),
-    "Phi3Config": ({}, {"target_modules": ["qkv_proj", "gate_up_proj", "down_proj"]}),
-    "SmolLM3Config": ({}, {"use_rslora": True, "rank_pattern": {"q_proj": 4}}),
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_architecture_that_trains_is_merged(tiny_model, tmp_path, family):
-    """transformers loads the folder, and its logits are those of base and adapter."""
-    shape, settings = FAMILIES[family]
-    torch.manual_seed(0)
-    config = getattr(transformers, family)(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=600, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-        **shape,
-    )  # fmt: skip
-    base = tmp_path / "base"
-    AutoModelForCausalLM.from_config(config).save_pretrained(base)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(tiny_model / name, base / name)
-    adapter = save_adapter(base, tmp_path / "adapter", alpha_pattern={"o_proj": 3}, **settings)
-    merged, tuned = logits(load(export(adapter, tmp_path / "out", "merged"))), with_adapter(adapter)
-    difference = (merged - logits(tuned)).norm()
-    with tuned.disable_adapter():
-        assert (merged - logits(tuned)).norm() > 1000 * difference
-    assert difference < 1e-5 * merged.norm()
 
 
 @pytest.mark.parametrize("format", ["merged", "gguf"])
@@ -195,12 +169,11 @@ def test_merged_folder_has_what_other_programs_read(base, moved, tmp_path):
     """Template and rope_theta stand in their old places too; the base's bans stay behind."""
     (base / "tokenizer.model").write_bytes(b"sentencepiece")
     (base / "generation_config.json").write_text('{"no_repeat_ngram_size": 2, "bos_token_id": 1}')
-    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    edit_json(base / "config.json", rope_parameters=rope)
+    edit_json(base / "config.json", rope_parameters=ROPE)
     tokenizer = program.load_tokenizer(base)
     folder = export(moved, tmp_path / "merged", "merged", "f16")
     config = read(folder / "config.json")
-    assert (config["rope_theta"], config["rope_parameters"]) == (10000.0, rope)
+    assert (config["rope_theta"], config["rope_parameters"]) == (10000.0, ROPE)
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     assert read(folder / "generation_config.json") == ends
     assert read(folder / "training_config.json")["system_prompt"] == SYSTEM  # for `chat`
@@ -441,7 +414,6 @@ def other_tokenizer(base: Path) -> None:
     tokenizer.save(str(base / "tokenizer.json"))
 
 
-ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
 NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
 LARGE = "(largest value {}) cannot be written as f16"
@@ -527,7 +499,7 @@ def test_export_trains_nothing_and_says_how_to_serve_the_file(run_cli, adapter, 
         assert told in result.stderr
     assert "Warning" not in result.stderr
     assert not re.search("no-op", next((tmp_path / "logs/finetuning").iterdir()).read_text())
-    result = run_cli("export", "--output_dir", "nowhere", "--format", "merged")
-    assert (result.code, result.stdout) == (16, "")
-    assert "There is no trained adapter in nowhere" in result.stderr
-    assert not (tmp_path / "nowhere").exists()
+    with pytest.raises(FineTuningError, match=r"no trained adapter in .*nowhere") as error:
+        export(tmp_path / "nowhere", tmp_path / "out", "merged")
+    assert error.value.exit_code == 16
+    assert not list(tmp_path.glob("*nowhere*")) and not (tmp_path / "out").exists()
