@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import test_prepare
 from conftest import FAULTS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_prepare import Preparer, Row, all_rows, filler, found
+from test_prepare import NOT_TRAINED, Preparer, Row, all_rows, filler, found
 
 import unified_finetune as program
 
@@ -175,48 +174,21 @@ def test_in_clean_data_only_broken_rows_are_warned_about(real, real_rows, sample
     assert found(data) == {(660, "placeholder_answer"), (1154, "placeholder_answer")}
 
 
-def plant(rows: "list[Row]", seed: int) -> "set[tuple[int, str]]":
-    """Break 36 rows in 18 ways, in place; return what should be found."""
+@pytest.mark.parametrize("seed", range(3))
+def test_planted_faults_are_found_by_name_and_nothing_else_is(real, real_rows, seed):
     chance = random.Random(seed)
-    ways: dict[str, Callable[[Row], Any]] = {
-        "empty_instruction": lambda r: r.update(instruction=" \n", input=""),
-        "empty_output": lambda r: r.pop("output"),
-        "not_text": lambda r: r.update(output=42),
-        "unknown_shape": lambda r: (r.clear(), r.update(heading="a", body="b")),
-        "placeholder_answer": lambda r: r.update(output="<nooutput>"),
-        "placeholder_input": lambda r: r.update(input="no input"),
-        "ai_boilerplate": lambda r: r.update(output="As an AI language model, I cannot say."),
-        "answer_repeats_question": lambda r: r.update(input="It is nice.", output="It is nice."),
-        "mojibake": lambda r: r.update(output="The cafÃ© doesnâ€™t open on " + r["output"]),
-        "broken_encoding": lambda r: r.update(output="caf\ufffd " + r["output"]),
-        "control_characters": lambda r: r.update(output="a\x08b " + r["output"]),
-        "special_tokens": lambda r: r.update(output="so</s> " + r["output"]),
-        "unbalanced_code_fence": lambda r: r.update(output=r["output"] + "\n```\nx = 1"),
-        "cut_off_answer": lambda r: r.update(output=r["output"] + " They went on to see the"),
-        "exact_duplicate": lambda r: r.update(rows[chance.randrange(500)]),
-        "contradiction": lambda r: r.update(
-            {**rows[chance.randrange(500)], "output": "It never was: " + r["output"]}
-        ),
-        "over_length": lambda r: r.update(output=(r["output"] + " And so on it goes. ") * 400),
-        "implausible_value": lambda r: r.update(output=f"The acceptance rate {seed} is 0.05%."),
-    }
-    places = [*zip(chance.sample(range(600, 1200), 36), [*ways] * 2, strict=True)]
-    for place, name in places:
-        ways[name](rows[place])
-    return set(places)
-
-
-def test_planted_faults_are_found_by_name(real, real_rows):
-    planted: set[Any] = set()
-    alarms: set[Any] = set()
-    for seed in range(3):
-        rows = [dict(row) for row in real_rows]
-        planted |= {(seed, *fault) for fault in plant(rows, seed)}
-        data = real.rows(rows, yes=True, max_seq_length=1024)
-        alarms |= {(seed, *alarm) for alarm in found(data)}
-    assert len(planted) == 3 * 36
-    assert len(alarms & planted) >= 0.95 * len(planted), planted - alarms
-    assert len(alarms & planted) >= 0.95 * len(alarms), alarms - planted
+    long = {"output": "And so on it goes, as it went before. " * 400}
+    denied = {**real_rows[2], "output": f"It never was: {real_rows[3]['output']}"}
+    faults = [(row, check) for row, check, _ in NOT_TRAINED] + [(row, c or "") for row, c in WARNED]
+    faults += [(real_rows[1], "exact_duplicate"), (denied, "contradiction"), (long, "over_length")]
+    expected = {(660, "placeholder_answer"), (1154, "placeholder_answer")}
+    places = chance.sample(range(661, 1154), len(faults))
+    for place, (row, checks) in zip(places, faults, strict=True):
+        part = row and "output" in row and "instruction" not in row  # of a real row
+        part = part and checks != "empty_instruction"
+        real_rows[place] = {**real_rows[place], **row} if part else row
+        expected |= {(place, name) for name in checks.split() if name != "unused_keys"}
+    assert found(real.rows(real_rows, yes=True, max_seq_length=1024)) == expected
 
 
 # --- the split does not leak
