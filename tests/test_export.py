@@ -99,6 +99,9 @@ def change_base(base: Path, name: str, value: Any) -> None:
 
 
 def use_template(base: Path, template: Any) -> None:
+    """Give a base another chat template, unless it is None."""
+    if template is None:
+        return
     edit_json(base / "tokenizer_config.json", chat_template=template)
     (base / "chat_template.jinja").unlink(missing_ok=True)
 
@@ -331,8 +334,7 @@ CHATML = (
 @pytest.mark.parametrize(("template", "start"), [(None, "<|{}|>"), (CHATML, "<|im_start|>{}")])
 def test_the_modelfile_renders_what_the_chat_template_renders(base, tmp_path, template, start):
     """Byte for byte; beside it the system message, the stops and the context."""
-    if template:
-        use_template(base, template)
+    use_template(base, template)
     adapter, tokenizer = save_adapter(base, tmp_path / "counselor"), program.load_tokenizer(base)
     path = export(adapter, tmp_path / "out", "gguf", "q8_0", system_prompt=SYSTEM)
     text = (path.parent / "Modelfile").read_text()
@@ -353,18 +355,16 @@ def test_the_modelfile_renders_what_the_chat_template_renders(base, tmp_path, te
     (None, "Family: \U0001f469\u200d\U0001f393", "invisible characters"),
 ])  # fmt: skip
 def test_what_ollama_would_serve_otherwise_gets_no_modelfile(
-    base, tmp_path, caplog, template, system, reason, fake_ollama
+    base, moved, tmp_path, caplog, template, system, reason, fake_ollama
 ):
     """The GGUF itself is fine; --install is refused before the work."""
-    if template:
-        use_template(base, template)
-    adapter = save_adapter(base, tmp_path / "adapter")
+    use_template(base, template)
     with caplog.at_level("WARNING", "unified_finetune"):
-        path = export(adapter, tmp_path / "out", "gguf", "q8_0", system_prompt=system)
+        path = export(moved, tmp_path / "out", "gguf", "q8_0", system_prompt=system)
     assert re.search(f"no Modelfile for Ollama: .*{re.escape(reason)}", caplog.text)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     with pytest.raises(FineTuningError, match="Ollama cannot serve this model as it was trained"):
-        export(adapter, tmp_path / "no", "gguf", install="me", system_prompt=system)
+        export(moved, tmp_path / "no", "gguf", install="me", system_prompt=system)
     assert not (tmp_path / "no").exists()
 
 
@@ -404,24 +404,15 @@ def test_install_hands_the_file_to_ollama(adapter, tmp_path, fake_ollama, capsys
 # --- What cannot be exported
 
 
-def other_tokenizer(base: Path) -> None:
-    """Put a byte-level tokenizer into the base."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "Ġ": 3, "a": 4, "Ġa": 5}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ġ", "a")], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    tokenizer.save(str(base / "tokenizer.json"))
-
-
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
+PIECES, NORM, UP = "tokenizer.json", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
 LARGE = "(largest value {}) cannot be written as f16"
 OBSTACLES: "dict[str, tuple[str, Any]]" = {
     "scaling (linear)": ("gguf", lambda b: edit_json(b / "config.json", rope_parameters=ROPE)),
     "the activation gelu": ("gguf", lambda b: edit_json(b / "config.json", hidden_act="gelu")),
     "is of type 'mistral', not": ("gguf", lambda b: edit_json(b / "config.json", **MISTRAL)),
-    "of another kind than SentencePiece-BPE": ("gguf", other_tokenizer),
+    "of another kind than Sentence": ("gguf", lambda b: edit_json(b / PIECES, pre_tokenizer=BYTES)),
     f"its files lack {NORM}": ("merged", lambda b: change_base(b, NORM, None)),
     LARGE.format("nan"): ("gguf", lambda b: change_base(b, NORM, float("nan"))),
     LARGE.format("inf"): ("merged", lambda b: change_base(b, UP, float("inf"))),
