@@ -22,6 +22,7 @@ import unified_finetune as program
 from unified_finetune import ExportOptions, FineTuningConfig, FineTuningError
 
 SYSTEM = 'You are a counselor.\nSay "net price", not {{ price }}.'
+ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -98,6 +99,9 @@ def change_base(base: Path, name: str, value: Any) -> None:
 
 
 def use_template(base: Path, template: Any) -> None:
+    """Give a base another chat template, unless it is None."""
+    if template is None:
+        return
     edit_json(base / "tokenizer_config.json", chat_template=template)
     (base / "chat_template.jinja").unlink(missing_ok=True)
 
@@ -124,14 +128,18 @@ def logits(model: Any) -> torch.Tensor:
 # --- The merged folder
 
 
-@pytest.mark.parametrize(("outtype", "files"), [("f32", 1), ("f16", 1), ("bf16", 3)])
-def test_merged_weights_are_those_of_peft_to_the_bit(base, tmp_path, outtype, files):
+@pytest.mark.parametrize(
+    ("outtype", "files", "settings"),
+    [("f32", 1, {}), ("f16", 1, {"alpha_pattern": {"o_proj": 3}}),
+     ("bf16", 3, {"use_rslora": True, "rank_pattern": {"q_proj": 4}})],
+)  # fmt: skip
+def test_merged_weights_are_those_of_peft_to_the_bit(base, tmp_path, outtype, files, settings):
     """However many files the base is stored in, and in whatever format."""
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     (base / "model.safetensors").unlink()
     model.save_pretrained(base, max_shard_size="5GB" if files == 1 else "50KB")
     assert len(list(base.glob("*.safetensors"))) >= files
-    adapter = save_adapter(base, tmp_path / "adapter")
+    adapter = save_adapter(base, tmp_path / "adapter", **settings)
     folder = export(adapter, tmp_path / "merged", "merged", outtype)
     kind = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[outtype]
     ours = load_file(folder / "model.safetensors")
@@ -140,37 +148,6 @@ def test_merged_weights_are_those_of_peft_to_the_bit(base, tmp_path, outtype, fi
     assert all(torch.equal(ours[name], theirs[name].to(kind)) for name in theirs)
     config = read(folder / "config.json")
     assert config["dtype"] == config["torch_dtype"] == f"{kind}"[6:]
-
-
-FAMILIES: "dict[str, tuple[dict[str, Any], dict[str, Any]]]" = {  # shape, adapter
-    "MistralConfig": ({}, {}),
-    "Qwen2Config": ({}, {}),
-    "Qwen3Config": ({"head_dim": 16, "tie_word_embeddings": True}, {}),
-    "Phi3Config": ({}, {"target_modules": ["qkv_proj", "gate_up_proj", "down_proj"]}),
-    "SmolLM3Config": ({}, {"use_rslora": True, "rank_pattern": {"q_proj": 4}}),
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_architecture_that_trains_is_merged(tiny_model, tmp_path, family):
-    """transformers loads the folder, and its logits are those of base and adapter."""
-    shape, settings = FAMILIES[family]
-    torch.manual_seed(0)
-    config = getattr(transformers, family)(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=600, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-        **shape,
-    )  # fmt: skip
-    base = tmp_path / "base"
-    AutoModelForCausalLM.from_config(config).save_pretrained(base)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(tiny_model / name, base / name)
-    adapter = save_adapter(base, tmp_path / "adapter", alpha_pattern={"o_proj": 3}, **settings)
-    merged, tuned = logits(load(export(adapter, tmp_path / "out", "merged"))), with_adapter(adapter)
-    difference = (merged - logits(tuned)).norm()
-    with tuned.disable_adapter():
-        assert (merged - logits(tuned)).norm() > 1000 * difference
-    assert difference < 1e-5 * merged.norm()
 
 
 @pytest.mark.parametrize("format", ["merged", "gguf"])
@@ -195,12 +172,11 @@ def test_merged_folder_has_what_other_programs_read(base, moved, tmp_path):
     """Template and rope_theta stand in their old places too; the base's bans stay behind."""
     (base / "tokenizer.model").write_bytes(b"sentencepiece")
     (base / "generation_config.json").write_text('{"no_repeat_ngram_size": 2, "bos_token_id": 1}')
-    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    edit_json(base / "config.json", rope_parameters=rope)
+    edit_json(base / "config.json", rope_parameters=ROPE)
     tokenizer = program.load_tokenizer(base)
     folder = export(moved, tmp_path / "merged", "merged", "f16")
     config = read(folder / "config.json")
-    assert (config["rope_theta"], config["rope_parameters"]) == (10000.0, rope)
+    assert (config["rope_theta"], config["rope_parameters"]) == (10000.0, ROPE)
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     assert read(folder / "generation_config.json") == ends
     assert read(folder / "training_config.json")["system_prompt"] == SYSTEM  # for `chat`
@@ -358,8 +334,7 @@ CHATML = (
 @pytest.mark.parametrize(("template", "start"), [(None, "<|{}|>"), (CHATML, "<|im_start|>{}")])
 def test_the_modelfile_renders_what_the_chat_template_renders(base, tmp_path, template, start):
     """Byte for byte; beside it the system message, the stops and the context."""
-    if template:
-        use_template(base, template)
+    use_template(base, template)
     adapter, tokenizer = save_adapter(base, tmp_path / "counselor"), program.load_tokenizer(base)
     path = export(adapter, tmp_path / "out", "gguf", "q8_0", system_prompt=SYSTEM)
     text = (path.parent / "Modelfile").read_text()
@@ -380,18 +355,16 @@ def test_the_modelfile_renders_what_the_chat_template_renders(base, tmp_path, te
     (None, "Family: \U0001f469\u200d\U0001f393", "invisible characters"),
 ])  # fmt: skip
 def test_what_ollama_would_serve_otherwise_gets_no_modelfile(
-    base, tmp_path, caplog, template, system, reason, fake_ollama
+    base, moved, tmp_path, caplog, template, system, reason, fake_ollama
 ):
     """The GGUF itself is fine; --install is refused before the work."""
-    if template:
-        use_template(base, template)
-    adapter = save_adapter(base, tmp_path / "adapter")
+    use_template(base, template)
     with caplog.at_level("WARNING", "unified_finetune"):
-        path = export(adapter, tmp_path / "out", "gguf", "q8_0", system_prompt=system)
+        path = export(moved, tmp_path / "out", "gguf", "q8_0", system_prompt=system)
     assert re.search(f"no Modelfile for Ollama: .*{re.escape(reason)}", caplog.text)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     with pytest.raises(FineTuningError, match="Ollama cannot serve this model as it was trained"):
-        export(adapter, tmp_path / "no", "gguf", install="me", system_prompt=system)
+        export(moved, tmp_path / "no", "gguf", install="me", system_prompt=system)
     assert not (tmp_path / "no").exists()
 
 
@@ -431,25 +404,15 @@ def test_install_hands_the_file_to_ollama(adapter, tmp_path, fake_ollama, capsys
 # --- What cannot be exported
 
 
-def other_tokenizer(base: Path) -> None:
-    """Put a byte-level tokenizer into the base."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "Ġ": 3, "a": 4, "Ġa": 5}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ġ", "a")], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    tokenizer.save(str(base / "tokenizer.json"))
-
-
-ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
+PIECES, NORM, UP = "tokenizer.json", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
 LARGE = "(largest value {}) cannot be written as f16"
 OBSTACLES: "dict[str, tuple[str, Any]]" = {
     "scaling (linear)": ("gguf", lambda b: edit_json(b / "config.json", rope_parameters=ROPE)),
     "the activation gelu": ("gguf", lambda b: edit_json(b / "config.json", hidden_act="gelu")),
     "is of type 'mistral', not": ("gguf", lambda b: edit_json(b / "config.json", **MISTRAL)),
-    "of another kind than SentencePiece-BPE": ("gguf", other_tokenizer),
+    "of another kind than Sentence": ("gguf", lambda b: edit_json(b / PIECES, pre_tokenizer=BYTES)),
     f"its files lack {NORM}": ("merged", lambda b: change_base(b, NORM, None)),
     LARGE.format("nan"): ("gguf", lambda b: change_base(b, NORM, float("nan"))),
     LARGE.format("inf"): ("merged", lambda b: change_base(b, UP, float("inf"))),
@@ -527,7 +490,7 @@ def test_export_trains_nothing_and_says_how_to_serve_the_file(run_cli, adapter, 
         assert told in result.stderr
     assert "Warning" not in result.stderr
     assert not re.search("no-op", next((tmp_path / "logs/finetuning").iterdir()).read_text())
-    result = run_cli("export", "--output_dir", "nowhere", "--format", "merged")
-    assert (result.code, result.stdout) == (16, "")
-    assert "There is no trained adapter in nowhere" in result.stderr
-    assert not (tmp_path / "nowhere").exists()
+    with pytest.raises(FineTuningError, match=r"no trained adapter in .*nowhere") as error:
+        export(tmp_path / "nowhere", tmp_path / "out", "merged")
+    assert error.value.exit_code == 16
+    assert not list(tmp_path.glob("*nowhere*")) and not (tmp_path / "out").exists()

@@ -3,48 +3,42 @@
 import json
 import random
 import shutil
-from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+import test_prepare
 from conftest import FAULTS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prepare_helpers import Preparer, Row, all_rows, filler, found
+from test_prepare import NOT_TRAINED, Preparer, Row, all_rows, filler, found
 
 import unified_finetune as program
 
+prepare = test_prepare.prepare  # the fixture
+
 
 @pytest.fixture
-def prepare(tmp_path: Path, tiny_model: Path) -> Preparer:
-    """Return a preparer with the tiny model."""
-    return Preparer(tmp_path, tiny_model)
-
-
-@pytest.fixture(scope="module")
-def real_rows(assets: Path) -> "list[Row]":
+def real_rows(assets):
     """Return 1,200 real Alpaca rows."""
     text = (assets / "data" / "alpaca_clean_sample.jsonl").read_text("utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.fixture(scope="module")
-def real_model(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with TinyLlama's tokenizer and a model that is as small as can be."""
+@pytest.fixture
+def real(assets, tmp_path):
+    """Return a preparer with TinyLlama's tokenizer and a model that is as small as can be."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("real") / "tinyllama"
+    folder = tmp_path / "tinyllama"
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 1, "max_position_embeddings": 2048}
     LlamaForCausalLM(LlamaConfig(vocab_size=32000, **sizes, **heads)).save_pretrained(folder)
     for path in (assets / "tokenizers" / "tinyllama-1.1b-chat").iterdir():
         shutil.copyfile(path, folder / path.name)
-    return folder
+    return Preparer(tmp_path, folder)
 
 
-def test_the_names_that_drop_checks_takes_are_those_of_the_warnings() -> None:
+def test_the_names_that_drop_checks_takes_are_those_of_the_warnings():
     names = {name for name, kind in program.CHECKS.items() if kind[0] in ("warn", "repair")}
     assert set(program.WARNING_CHECKS) == names
     assert len(program.WARNING_CHECKS) == len(names)
@@ -104,9 +98,7 @@ WARNED = [  # a row, and what it is warned about; None: it is trained as it is, 
 
 
 @pytest.mark.parametrize(("row", "checks"), WARNED)
-def test_a_doubtful_row_is_trained_with_a_warning(
-    prepare: Preparer, row: Row, checks: "str | None"
-) -> None:
+def test_a_doubtful_row_is_trained_with_a_warning(prepare, row, checks):
     row = row if "messages" in row else {"instruction": "What is it?", **row}
     names = set((checks or "").split())
     data = prepare.rows([*filler(30), row])
@@ -122,7 +114,7 @@ def test_a_doubtful_row_is_trained_with_a_warning(
         assert len(all_rows(prepare.rows([*filler(30), row], drop_checks=drop))) == 30
 
 
-def test_a_key_that_stands_twice_and_unused_keys_are_told(prepare: Preparer) -> None:
+def test_a_key_that_stands_twice_and_unused_keys_are_told(prepare):
     rows = [json.dumps({**row, "id": n}) for n, row in enumerate(filler(20))]
     rows[7] = '{"output": "Old one.", ' + rows[7][1:]
     for content in ("\n".join(rows), "[" + ",".join(rows) + "]"):
@@ -136,7 +128,7 @@ def test_a_key_that_stands_twice_and_unused_keys_are_told(prepare: Preparer) -> 
 # --- rows compared with each other
 
 
-def test_an_exact_duplicate_is_dropped_unless_it_is_wanted(prepare: Preparer) -> None:
+def test_an_exact_duplicate_is_dropped_unless_it_is_wanted(prepare):
     rows = filler(30)
     rows[20] = dict(rows[3])
     rows[21] = {**rows[3], "system": "Be brief."}  # that is no duplicate
@@ -151,9 +143,7 @@ def test_an_exact_duplicate_is_dropped_unless_it_is_wanted(prepare: Preparer) ->
 
 
 @pytest.mark.parametrize("check", ["contradiction", "near_duplicate"])
-def test_rows_that_are_nearly_the_same_are_told_and_stay_together(
-    prepare: Preparer, check: str
-) -> None:
+def test_rows_that_are_nearly_the_same_are_told_and_stay_together(prepare, check):
     rows = filler(60)
     text = "Compare the net price, the distance, the programs and the people before you decide."
     rows[3] = {"instruction": "How do I choose between two colleges?", "output": text}
@@ -169,73 +159,36 @@ def test_rows_that_are_nearly_the_same_are_told_and_stay_together(
     assert "row 3" in example["detail"]
 
 
-def test_a_row_many_times_as_long_as_the_others_is_an_outlier(prepare: Preparer) -> None:
+def test_a_row_many_times_as_long_as_the_others_is_an_outlier(prepare):
     rows = filler(60)
     rows[7]["output"] = " ".join(f"Go {i}." for i in range(250)) * 3
     data = prepare.rows(rows, yes=True, overlong="truncate")
     assert found(data) == {(7, "length_outlier"), (7, "over_length")}
 
 
-def test_the_sample_raises_no_alarm(real_model: Path, sample_data: Path, tmp_path: Path) -> None:
-    data = Preparer(tmp_path, real_model).file(sample_data)
+def test_in_clean_data_only_broken_rows_are_warned_about(real, real_rows, sample_data):
+    data = real.file(sample_data)
     assert found(data) == set()
     assert (len(data.train), len(data.eval)) == (303, 34)
-
-
-def test_of_the_real_rows_only_broken_ones_are_warned_about(
-    real_rows: "list[Row]", real_model: Path, tmp_path: Path
-) -> None:
-    data = Preparer(tmp_path, real_model).rows(real_rows, max_seq_length=1024)
+    data = real.rows(real_rows, max_seq_length=1024)
     assert found(data) == {(660, "placeholder_answer"), (1154, "placeholder_answer")}
 
 
-def plant(rows: "list[Row]", seed: int) -> "set[tuple[int, str]]":
-    """Break 36 rows in 18 ways, in place; return what should be found."""
+@pytest.mark.parametrize("seed", range(3))
+def test_planted_faults_are_found_by_name_and_nothing_else_is(real, real_rows, seed):
     chance = random.Random(seed)
-    ways: dict[str, Callable[[Row], Any]] = {
-        "empty_instruction": lambda r: r.update(instruction=" \n", input=""),
-        "empty_output": lambda r: r.pop("output"),
-        "not_text": lambda r: r.update(output=42),
-        "unknown_shape": lambda r: (r.clear(), r.update(heading="a", body="b")),
-        "placeholder_answer": lambda r: r.update(output="<nooutput>"),
-        "placeholder_input": lambda r: r.update(input="no input"),
-        "ai_boilerplate": lambda r: r.update(output="As an AI language model, I cannot say."),
-        "answer_repeats_question": lambda r: r.update(input="It is nice.", output="It is nice."),
-        "mojibake": lambda r: r.update(output="The cafÃ© doesnâ€™t open on " + r["output"]),
-        "broken_encoding": lambda r: r.update(output="caf\ufffd " + r["output"]),
-        "control_characters": lambda r: r.update(output="a\x08b " + r["output"]),
-        "special_tokens": lambda r: r.update(output="so</s> " + r["output"]),
-        "unbalanced_code_fence": lambda r: r.update(output=r["output"] + "\n```\nx = 1"),
-        "cut_off_answer": lambda r: r.update(output=r["output"] + " They went on to see the"),
-        "exact_duplicate": lambda r: r.update(rows[chance.randrange(500)]),
-        "contradiction": lambda r: r.update(
-            {**rows[chance.randrange(500)], "output": "It never was: " + r["output"]}
-        ),
-        "over_length": lambda r: r.update(output=(r["output"] + " And so on it goes. ") * 400),
-        "implausible_value": lambda r: r.update(output=f"The acceptance rate {seed} is 0.05%."),
-    }
-    planted = set()
-    for number, place in enumerate(chance.sample(range(600, 1200), 36)):
-        name = list(ways)[number % len(ways)]
-        ways[name](rows[place])
-        planted.add((place, name))
-    return planted
-
-
-def test_planted_faults_are_found_by_name(
-    real_rows: "list[Row]", real_model: Path, tmp_path: Path
-) -> None:
-    hits: Counter[str] = Counter()
-    missed, wrong = set(), set()
-    for seed in range(3):
-        rows = [dict(row) for row in real_rows]
-        planted = plant(rows, seed)
-        alarms = found(Preparer(tmp_path, real_model).rows(rows, yes=True, max_seq_length=1024))
-        hits.update(planted=len(planted), alarms=len(alarms), hits=len(alarms & planted))
-        missed |= planted - alarms
-        wrong |= alarms - planted
-    assert hits["hits"] >= 0.95 * hits["planted"], missed
-    assert hits["hits"] >= 0.95 * hits["alarms"], wrong
+    long = {"output": "And so on it goes, as it went before. " * 400}
+    denied = {**real_rows[2], "output": f"It never was: {real_rows[3]['output']}"}
+    faults = [(row, check) for row, check, _ in NOT_TRAINED] + [(row, c or "") for row, c in WARNED]
+    faults += [(real_rows[1], "exact_duplicate"), (denied, "contradiction"), (long, "over_length")]
+    expected = {(660, "placeholder_answer"), (1154, "placeholder_answer")}
+    places = chance.sample(range(661, 1154), len(faults))
+    for place, (row, checks) in zip(places, faults, strict=True):
+        part = row and "output" in row and "instruction" not in row  # of a real row
+        part = part and checks != "empty_instruction"
+        real_rows[place] = {**real_rows[place], **row} if part else row
+        expected |= {(place, name) for name in checks.split() if name != "unused_keys"}
+    assert found(real.rows(real_rows, yes=True, max_seq_length=1024)) == expected
 
 
 # --- the split does not leak
@@ -258,37 +211,27 @@ who pays for a campus visit | You do, as a rule.
 """  # noqa: E501
 
 
-def test_paraphrases_never_straddle_the_split(
-    real_rows: "list[Row]", real_model: Path, tmp_path: Path
-) -> None:
-    chance, rows, places = random.Random(1), [dict(row) for row in real_rows], []
-    for line in PARAPHRASES.splitlines():
-        question, answer = line.split(" | ")
-        places.append(chance.randrange(1200))
-        while places[-1] in places[:-1]:
-            places[-1] = chance.randrange(1200)
-        rows[places[-1]] = {"instruction": question, "output": answer}
+def test_paraphrases_never_straddle_the_split(real, real_rows):
+    lines = PARAPHRASES.splitlines()
+    places = random.Random(1).sample(range(1200), len(lines))
+    for place, line in zip(places, lines, strict=True):
+        real_rows[place] = dict(zip(("instruction", "output"), line.split(" | "), strict=True))
     together = 0
     for seed in range(4):
-        data = Preparer(tmp_path, real_model).rows(rows, seed=seed, yes=True, max_seq_length=1024)
+        data = real.rows(real_rows, seed=seed, yes=True, max_seq_length=1024)
         held_out = set(data.eval["row"])
         assert abs(len(held_out) - 120) <= 1
         for pair in zip(places[::2], places[1::2], strict=True):
-            assert len(held_out & set(pair)) != 1, (seed, rows[pair[0]])
+            assert len(held_out & set(pair)) != 1, (seed, real_rows[pair[0]])
             together += len(held_out & set(pair)) == 2
     assert together  # pairs do get to the eval side
 
 
-def test_rows_from_one_sentence_about_many_colleges_are_no_family(prepare: Preparer) -> None:
+def test_rows_from_one_sentence_about_many_colleges_are_no_family(prepare):
     starts, ends = "Ash Bur Cal Dun Kent Lan Mar Oak Pem Rock", "ton field ford ham bury wood ville"
     names = [a + b for a in starts.split() for b in f"{ends} land mont side".split()]
-    rows = [
-        {
-            "instruction": f"How much is tuition at {name}?",
-            "output": f"{name} asks for ${n * 91:,}.",
-        }
-        for n, name in enumerate(names, 50)
-    ]
+    facts = {name: f"{name} asks for ${n * 91:,}." for n, name in enumerate(names, 50)}
+    rows = [{"instruction": f"How much is tuition at {n}?", "output": facts[n]} for n in names]
     data = prepare.rows(rows)
     assert (len(data.train), len(data.eval)) == (90, 10)
     assert data.quality.checks["near_duplicate"] <= 5
@@ -311,12 +254,9 @@ any_row = st.one_of(
     st.fixed_dictionaries({"messages": st.lists(st.one_of(turn, values), max_size=5)}),
 )
 quick = settings(
-    max_examples=150,
-    deadline=None,
-    database=None,
-    derandomize=True,
+    max_examples=150, deadline=None, database=None, derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+)  # fmt: skip
 
 
 def as_trained(text: str) -> str:
@@ -331,9 +271,7 @@ def as_trained(text: str) -> str:
 
 @quick
 @given(pairs=st.lists(st.tuples(texts, texts), min_size=1, max_size=8))
-def test_no_text_is_changed_but_by_the_rules_and_no_row_vanishes(
-    pairs: "list[tuple[str, str]]", prepare: Preparer
-) -> None:
+def test_no_text_is_changed_but_by_the_rules_and_no_row_vanishes(pairs, prepare):
     rows = [*filler(4), *({"instruction": q, "output": a} for q, a in pairs)]
     data = prepare.rows(rows, yes=True, keep_duplicates=True)
     used = all_rows(data)
@@ -357,9 +295,7 @@ def test_no_text_is_changed_but_by_the_rules_and_no_row_vanishes(
     noise=st.one_of(st.just(b""), st.binary(max_size=6)),
     at=st.integers(0, 400),
 )
-def test_any_file_is_prepared_or_refused(
-    rows: "list[Any]", lines: bool, noise: bytes, at: int, prepare: Preparer
-) -> None:
+def test_any_file_is_prepared_or_refused(rows, lines, noise, at, prepare):
     FAULTS["data files drawn at random, most of them malformed"] += 1
     text = "\n".join(map(json.dumps, rows)) if lines else json.dumps(rows)
     content = text.encode()[:at] + noise + text.encode()[at:]

@@ -191,45 +191,24 @@ def test_no_example_of_a_pass_sees_another_and_gradients_are_the_model_s_own(
     assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
-class Shapes(torch.utils._python_dispatch.TorchDispatchMode):
-    """Note every operation together with the shapes that it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[tuple[object, ...]] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.is_view:  # nothing is computed
-            return function(*args, **kwargs or {})
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-        shapes = [tuple(a.shape) for a in leaves if isinstance(a, torch.Tensor)]
-        self.seen.add((function, *shapes))
-        return function(*args, **kwargs or {})
-
-
-def test_filled_passes_of_real_rows_repeat_a_few_shapes(assets, tiny_model):
-    model, tokenizer = build_model(tiny_model), finetune.load_tokenizer(assets / REAL_TOKENIZER)
+def test_filled_passes_of_real_rows_repeat_a_few_shapes(assets):
+    tokenizer = finetune.load_tokenizer(assets / REAL_TOKENIZER)
     rows, examples = json.loads((assets / "data/short_answers_7888.json").read_text()), []
     for row in random.Random(3).sample(rows, 3200):
         asked = [{"role": "user", "content": row["instruction"]}]
         front = finetune.render_chat(tokenizer, asked, answer_next=True)
         texts = [front, front + row["output"] + tokenizer.eos_token]
         prompt, ids = finetune.tokenize(tokenizer, texts)
-        small = [3 + i % 200 for i in ids]  # the tiny model's tokens; equal beginnings stay equal
-        examples.append({"input_ids": small, "spans": [[len(prompt), len(ids)]]})
-    shapes, computed, real, layouts = Shapes(), 0, 0, set()
-    for step in range(200):
-        batch = examples[16 * step : 16 * step + 16]
+        examples.append({"input_ids": ids, "spans": [[len(prompt), len(ids)]]})
+    computed, real, shapes = 0, 0, set()
+    for start in range(0, 3200, 16):
+        batch = examples[start : start + 16]
         real += len(finetune.lay_out(batch, "cpu").scatter)
-        layout = finetune.lay_out(batch, "cpu", step, fill=True)
+        layout = finetune.lay_out(batch, "cpu", start, fill=True)
         computed += len(layout.scatter)
         sizes = tuple(getattr(part, "shape", None) for part in layout)
-        if (layout.rows, layout.width, sizes) not in layouts:  # the others repeat what one did
-            layouts.add((layout.rows, layout.width, sizes))
-            with shapes:
-                layout = finetune.lay_out(batch, "cpu", step, fill=True)
-                finetune.pass_loss(model, layout).backward()
-    assert len(shapes.seen) <= 300
+        shapes.add((layout.rows, layout.width, sizes))  # every operation's follow from these
+    assert len(shapes) <= 10
     assert 1 - real / computed <= 0.12
 
 
@@ -280,23 +259,10 @@ def test_dropout_is_a_function_of_the_seed_also_where_activations_are_recomputed
     assert losses[0] == losses[1]
 
 
-def test_eval_loss_depends_neither_on_the_passes_nor_on_memory_that_runs_out(
-    data, tiny_model, monkeypatch
-):
+def test_eval_loss_does_not_depend_on_the_passes(data, tiny_model):
     model = build_model(tiny_model)
     losses = [finetune.mean_loss(model, data.train, budget, "cpu") for budget in (64, 512, 8192)]
-    real, failures = torch.nn.functional.scaled_dot_product_attention, []
-
-    def scarce(query, *args, **kwargs):
-        if query.shape[0] * query.shape[2] > 700:
-            failures.append(len(query))
-            raise torch.cuda.OutOfMemoryError("out of memory")
-        return real(query, *args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", scarce)
-    losses.append(finetune.mean_loss(model, data.train, 8192, "cpu"))
-    assert failures
-    assert losses == pytest.approx([losses[0]] * 4, abs=1e-5)
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
 
 
 @pytest.mark.parametrize("part", ["lm_head", "lora_B"])
@@ -367,13 +333,6 @@ def test_the_engine_learns_what_plain_sfttrainer_learns(tiny_model, tmp_path, gr
     weights = weights if not old else {}
     assert ours.keys() == weights.keys()
     assert all((ours[n] - weights[n]).abs().max() < 1e-5 for n in ours)
-
-
-def test_every_epoch_trains_on_the_same_examples_in_another_order(data, config):
-    result = train(data, dataclasses.replace(config, num_train_epochs=2))
-    tokens = [record["tokens"] for record in result.history if "tokens" in record]
-    first, second = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
-    assert sum(first) == sum(second) and first != second
 
 
 def test_early_stopping_keeps_the_best_adapter_and_the_metrics_say_what_was_done(data, config):
@@ -450,9 +409,7 @@ def test_a_device_that_gives_up_hands_over_to_the_cpu_and_frees_its_model(
     from transformers import AutoModelForCausalLM
 
     real, load = torch.linalg.vector_norm, AutoModelForCausalLM.from_pretrained
-    calls: list[int] = []
-    alive: list[int] = []
-    models: list[Any] = []
+    calls, alive, models = [], [], []
 
     def broken(numbers, *args, **kwargs):
         calls.extend([1] * (numbers.shape == (16,)))  # norms: the program's, then the clipping's
@@ -512,36 +469,32 @@ sys.exit(finetune.main())
 
 @OTHER_DEVICE
 def test_a_hang_ends_in_a_run_on_the_cpu_with_the_same_adapter(tmp_path, tiny_model, sample_data):
-    def run(name, *start):
-        arguments = ["--model_name", tiny_model, "--data_path", sample_data, "--save_steps", "1",
-                     "--min_disk_gb", "0", "--num_train_epochs", "0.5", "--output_dir", name,
-                     "--log_dir", "logs", "--yes"]  # fmt: skip
-        command = [sys.executable, *start, *map(str, arguments)]
-        path = str(Path(finetune.__file__).parent)
-        done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path},
-                              stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                              timeout=500)  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        metrics = json.loads((tmp_path / name / "training_metrics.json").read_text())
-        return metrics["adapter_sha256"], metrics["device"], done.stderr
-
-    calm, _, _ = run("calm", finetune.__file__, "--device", "cpu")
-    digest, device, told = run("out", "-c", HANGING, "train")
-    assert "hangs: beginning again from the last checkpoint on the CPU" in told
-    assert (digest, device) == (calm, "cpu")
+    given = f"--model_name={tiny_model} --data_path={sample_data} --log_dir={tmp_path / 'logs'}"
+    given += " --save_steps=1 --min_disk_gb=0 --num_train_epochs=0.5 --yes --output_dir"
+    calm = [*given.split(), str(tmp_path / "calm"), "--device=cpu"]
+    expected = finetune.run(finetune.parse_command_line(calm)[1]).metrics["adapter_sha256"]
+    path = str(Path(finetune.__file__).parent)
+    command = [sys.executable, "-c", HANGING, "train", *given.split(), "out"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, timeout=500,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "hangs: beginning again from the last checkpoint on the CPU" in done.stderr
+    metrics = json.loads((tmp_path / "out" / "training_metrics.json").read_text())
+    assert (metrics["adapter_sha256"], metrics["device"]) == (expected, "cpu")
 
 
 def test_the_plan_names_a_warm_up_and_a_rate_that_teach_little(data, config, caplog):
     caplog.set_level("INFO")
-    slow = dataclasses.replace(
-        config, warmup_steps=50, learning_rate=2e-5, gradient_checkpointing="on"
-    )
-    finetune.estimate_run(data, finetune.PreflightReport((), "cpu", "float32"), slow)
-    assert "plan: 5 steps of 16 examples" in caplog.text
-    assert "gets to 2e-06 of the 2e-05" in caplog.text
-    assert "Set --warmup_steps 0" in caplog.text
-    assert "2e-05 is far below what LoRA usually takes (1e-4 to 2e-4)" in caplog.text
-    assert "a measured step took" in caplog.text
+    slow = {"warmup_steps": 50, "learning_rate": 2e-5, "gradient_checkpointing": "on"}
+    report = finetune.PreflightReport((), "cpu", "float32")
+    finetune.estimate_run(data, report, dataclasses.replace(config, **slow))
+    for told in (
+        "plan: 5 steps of 16 examples", "gets to 2e-06 of the 2e-05", "Set --warmup_steps 0",
+        "2e-05 is far below what LoRA usually takes (1e-4 to 2e-4)", "a measured step took",
+    ):  # fmt: skip
+        assert told in caplog.text
     assert not Path(config.output_dir).exists()
 
 
@@ -634,9 +587,13 @@ def test_a_finished_run_is_known_and_names_settings_that_change_nothing(
         assert "Move" in refused("no whole record", data, config, overwrite=overwrite)
 
 
-def test_old_checkpoints_are_pruned_and_the_best_and_the_newest_stay(data, config):
+def test_two_epochs_train_on_the_same_examples_reordered_and_keep_the_best_and_the_newest(
+    data, config
+):
     config = dataclasses.replace(config, save_steps=1, eval_steps=1, save_total_limit=2)
     result = train(data, dataclasses.replace(config, learning_rate=1.0, num_train_epochs=2))
+    tokens = [record["tokens"] for record in result.history if "tokens" in record]
+    assert len(tokens) == 10 and sum(tokens[:5]) == sum(tokens[5:]) and tokens[:5] != tokens[5:]
     assert result.metrics["best_step"] < 10
     assert steps_of(Path(config.output_dir)) == [10, result.metrics["best_step"]]
 
