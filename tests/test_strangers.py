@@ -150,7 +150,7 @@ except finetune.FineTuningError as error:
 @pytest.mark.parametrize(
     ("manner", "variables", "words"),
     [
-        ("hang up", {}, "start again: it goes on"),
+        ("hang up", {}, "start again: the fetch goes on"),
         ("login page", {}, "the hub does not give it"),
         ("gated", {}, GATED),
         ("well", {"HF_TOKEN": "“hf_abc”"}, "HF_TOKEN"),
@@ -174,7 +174,10 @@ def test_a_first_fetch_that_fails_is_told_with_the_hub_s_reason(
 def test_a_fetch_that_was_cut_goes_on_at_the_next_start(run_cli, tmp_path, tiny_model, rows):
     with running_hub(tiny_model) as hub:
         found = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
-        for hub.manner, code, said in (("cut", 11, "it goes on"), ("well", 0, "fetching meta")):
+        for hub.manner, code, said in (
+            ("cut", 11, "the fetch goes on"),
+            ("well", 0, "fetching meta"),
+        ):
             done = run_cli("check", *flags(tmp_path, rows), env=found)
             assert done.code == code and said in done.stderr, done.stderr
 
