@@ -47,7 +47,8 @@ def parse(tmp_path, monkeypatch):
     """Return a function from arguments to the configuration, with no .env and no R2 variables."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(finetune, "PROGRAM_FOLDER", tmp_path)
-    monkeypatch.delenv("R2_BUCKET_NAME", raising=False)
+    monkeypatch.setenv("R2_BUCKET_NAME", "")  # so that it is put back
+    monkeypatch.delenv("R2_BUCKET_NAME")
     return lambda *arguments: finetune.parse_command_line([str(a) for a in arguments])[1]
 
 
@@ -122,7 +123,6 @@ def test_flags_and_values_may_be_spelt_in_several_ways(parse, tmp_path, monkeypa
     (tmp_path / "c.json").write_text('{"max_eval_examples": 5}')
     for words, name, value in SPELLINGS:
         assert getattr(parse("--config", "c.json", *words.split("|")), name) == value, words
-    assert "a home folder that is not there" in refusal(parse, "--log_dir", "~nobody-here/x")
     assert [finetune.parse_command_line(call)[0] for call in ([], ["train"])] == ["train"] * 2
 
 
@@ -140,15 +140,14 @@ def test_flags_win_over_environment_over_config_file_over_defaults(parse, tmp_pa
     assert flagged.r2_bucket_name == "from-flag"
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "cp1252", None])
-def test_dotenv_of_any_editor_is_read_and_the_shell_wins_over_it(run_cli, tmp_path, encoding):
-    text = "# Schlüssel\nR2_BUCKET_NAME='from-dötenv'\n"
-    (tmp_path / ".env").write_bytes(text.encode(encoding or "utf-8"))
-    name = "from-dötenv" if encoding else "from-shell"
-    env = {} if encoding else {"R2_BUCKET_NAME": name}
-    result = run_cli("check", "--verbose", "--data_path", "missing.json", env=env)
-    assert result.code == 11
-    assert f"setting r2_bucket_name = '{name}' (R2_BUCKET_NAME)" in result.stderr
+def test_dotenv_of_any_editor_is_read_and_the_shell_wins_over_it(parse, tmp_path, monkeypatch):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "cp1252"):
+        text = "# Schlüssel\nR2_BUCKET_NAME='from-dötenv'\n"
+        (tmp_path / ".env").write_bytes(text.encode(encoding))
+        assert parse().r2_bucket_name == "from-dötenv", encoding
+        monkeypatch.delenv("R2_BUCKET_NAME")
+    monkeypatch.setenv("R2_BUCKET_NAME", "from-shell")
+    assert parse().r2_bucket_name == "from-shell"
 
 
 # --- --config
@@ -237,8 +236,7 @@ def test_a_wrong_file_or_value_is_named_and_what_fits(parse, tmp_path, name, con
     ("--see 1", "unknown argument '--see'"),  # flags are never abbreviated
     ("--seed", "--seed: expected one argument"),
     ("--output", "unknown argument '--output', did you mean '--output_dir'?"),
-    ("--sample_prompts Qu\udce9?", "must be text in this terminal's encoding (UTF-8)"),
-    ("self-test cpu float32", "there is no command 'self-test'"),
+    ("--plausibility_rules x", "unknown argument '--plausibility_rules'"),
     ("chekc", "no command 'chekc', did you mean 'check'? (commands: train, check"),
     ("zzz", "there is no command 'zzz' (commands: train, check, data, chat, export)"),
     ("--zzz", "1 problem with the settings:\n  - unknown argument '--zzz'"),  # nothing is near
@@ -326,19 +324,28 @@ SECRETS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("source", ["shell", ".env"])
-def test_no_secret_reaches_the_console_or_a_file(run_cli, tmp_path, source):
-    variables = {**SECRETS, "R2_ENDPOINT_URL": "http://127.0.0.1:9"}  # where nobody listens
-    if source == ".env":
-        text = "".join(f"{name}={value}\n" for name, value in variables.items())
-        (tmp_path / ".env").write_text(text)
-        variables = {}
-    result = run_cli("check", "--verbose", "--min_disk_gb", 0, env=variables)
-    (log_file,) = (tmp_path / "logs" / "finetuning").iterdir()
-    written = result.stdout + result.stderr + log_file.read_text()
-    assert result.code == 11 and "127.0.0.1:9" in written
+def test_every_run_has_a_log_file_and_no_secret_is_there_or_on_the_console(run_cli, tmp_path):
+    (tmp_path / "c.json").write_text('{"plausibility_rules": null, "seed": 7}')  # an earlier one's
+    server = {"R2_ENDPOINT_URL": "http://127.0.0.1:9", "R2_BUCKET_NAME": "mine"}  # nobody listens
+    shell, written = {**SECRETS, **server}, ""
+    for variables in (shell, {}):
+        result = run_cli(
+            "check", "--verbose", "--min_disk_gb", 0, "--config", "c.json", env=variables
+        )
+        assert result.code == 11 and "127.0.0.1:9" in result.stderr
+        assert "setting r2_bucket_name = 'mine' (R2_BUCKET_NAME)" in result.stderr
+        assert "plausibility_rules in c.json is no longer used" in result.stderr
+        written += result.stdout + result.stderr
+        text = "".join(f"{name}={value}\n" for name, value in shell.items())
+        (tmp_path / ".env").write_text(text)  # for the second run
+    files = list((tmp_path / "logs" / "finetuning").iterdir())
+    assert len(files) == 2
+    for path in files:
+        assert re.fullmatch(r"unified_finetune_\d{8}_\d{6}(_\d+)?\.log", path.name)
+        assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO ", path.read_text())
+        written += path.read_text()
     assert [name for name, secret in SECRETS.items() if secret in written] == []
-    result = run_cli("check", "--seed", SECRETS["R2_SECRET_ACCESS_KEY"], env=SECRETS)
+    result = run_cli("check", "--seed", SECRETS["R2_SECRET_ACCESS_KEY"])
     assert result.code == 2
     assert "must be a whole number, not '***'" in result.stderr
 
@@ -361,20 +368,6 @@ def test_a_secret_that_a_library_logs_is_hidden_in_its_traceback_too(tmp_path, c
     assert secret not in written
 
 
-def test_every_run_has_a_log_file_and_a_setting_of_an_earlier_version_is_named(run_cli, tmp_path):
-    (tmp_path / "c.json").write_text('{"plausibility_rules": null, "seed": 7}')
-    arguments = ["check", "--data_path", "missing.json", "--min_disk_gb", 0]
-    for _ in range(2):
-        result = run_cli(*arguments, "--config", "c.json")
-    assert result.code == 11 and "plausibility_rules in c.json is no longer used" in result.stderr
-    assert run_cli(*arguments, "--plausibility_rules", "x").code == 2
-    files = list((tmp_path / "logs" / "finetuning").iterdir())
-    assert len(files) == 2
-    for path in files:
-        assert re.fullmatch(r"unified_finetune_\d{8}_\d{6}(_\d+)?\.log", path.name)
-        assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO ", path.read_text())
-
-
 # --- signals
 
 
@@ -386,17 +379,8 @@ def test_a_signal_that_a_library_swallows_still_is_it(monkeypatch, tmp_path, cap
         except BaseException as error:
             raise ImportError("initialization failed") from error
 
-    class Fragile:
-        def __del__(self):
-            signal.raise_signal(number)
-
-    def lose_it_in_a_destructor(*_):
-        with finetune.stage(3, "prepare"):
-            Fragile()
-
-    for work in (import_something, lose_it_in_a_destructor):
-        monkeypatch.setattr(finetune.stop, "number", 0)  # put back after the test
-        monkeypatch.setattr(finetune, "execute", work)
-        assert finetune.main(["check", "--log_dir", str(tmp_path)]) == 128 + number
-        shown = capsys.readouterr().err
-        assert "Stopped by" in shown and "Traceback" not in shown
+    monkeypatch.setattr(finetune.stop, "number", 0)  # put back after the test
+    monkeypatch.setattr(finetune, "execute", import_something)
+    assert finetune.main(["check", "--log_dir", str(tmp_path)]) == 128 + number
+    shown = capsys.readouterr().err
+    assert "Stopped by" in shown and "Traceback" not in shown
