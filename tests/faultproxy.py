@@ -174,13 +174,8 @@ def change(alter: "Callable[[Answer], Answer]") -> Fault:
 
 def flip(at: int) -> Fault:
     """Flip one bit of the body's byte `at`."""
-
-    def alter(answer: Answer) -> Answer:
-        body = bytearray(answer.body)
-        body[at % len(body)] ^= 1
-        return answer._replace(body=bytes(body))
-
-    return change(alter)
+    flipped = lambda b: b[:at] + bytes([b[at] ^ 1]) + b[at + 1 :]  # noqa: E731
+    return change(lambda answer: answer._replace(body=flipped(answer.body)))
 
 
 def header(body: slice = slice(None), **headers: object) -> Fault:
