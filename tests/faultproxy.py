@@ -1,11 +1,12 @@
 """Stand between the program and an S3 server, and break what passes as networks and servers do.
 
 Everything goes through unchanged unless a fault is due. Objects are read whole before they are
-passed on: the tests' objects are small.
+passed on: the tests' objects are small. The program only ever sends GET.
 """
 
 import functools
 import http.client
+import os
 import socket
 import struct
 import threading
@@ -16,23 +17,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 
 from conftest import FAULTS
-
-RESET_ON_CLOSE = struct.pack("ii", 1, 0)
-
-
-class Request(NamedTuple):
-    """Hold one request; header names are in lower case."""
-
-    method: str
-    path: str
-    headers: "dict[str, str]"
-    body: bytes
-
-    @property
-    def kind(self) -> str:
-        """Return "listing", "object" or, where it is no GET, the method."""
-        listing = "list-type" in urllib.parse.urlsplit(self.path).query
-        return self.method if self.method != "GET" else "listing" if listing else "object"
 
 
 class Answer(NamedTuple):
@@ -47,18 +31,18 @@ class Exchange(BaseHTTPRequestHandler):
     """Carry one request to the server and its answer back; faults act on it."""
 
     protocol_version = "HTTP/1.1"
-    server: "ProxyServer"
+    server: "FaultProxy"
 
-    def fetch(self, request: Request) -> Answer:
+    def fetch(self) -> Answer:
         """Ask the real server."""
         connection = http.client.HTTPConnection(self.server.upstream, timeout=30)
-        connection.request(request.method, request.path, request.body or None, request.headers)
+        connection.request("GET", self.path, headers=dict(self.headers))
         response = connection.getresponse()
         headers = {name.lower(): value for name, value in response.getheaders()}
         answer = Answer(response.status, headers, response.read())
         connection.close()
-        if request.kind == "object" and answer.status == 200:
-            self.server.whole[request.path] = answer
+        if answer.status == 200:
+            self.server.whole[self.path] = answer
         return answer
 
     def send(self, answer: Answer, to: "int | None" = None) -> None:
@@ -69,94 +53,73 @@ class Exchange(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(answer.body[:to])
 
-    def handle_request(self) -> None:
+    def do_GET(self) -> None:
         """Pass a request on, through the fault that is due for it."""
-        size = int(self.headers.get("content-length") or 0)
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        request = Request(self.command, self.path, headers, self.rfile.read(size))
-        fault = self.server.note(request)
+        listing = "list-type" in urllib.parse.urlsplit(self.path).query
+        fault = self.server.note("listing" if listing else "object", self.headers)
         try:
             if fault:
-                fault(self, request)
+                fault(self)
             else:
-                self.send(self.fetch(request))
+                self.send(self.fetch())
         except (OSError, http.client.HTTPException):  # either side went away
             self.close_connection = True
-
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_request
 
     def log_message(self, *_: object) -> None:
         """Keep quiet."""
 
 
-Fault = Callable[[Exchange, Request], None]
+Fault = Callable[[Exchange], object]
 
 
-class ProxyServer(ThreadingHTTPServer):
-    """Hold what the exchanges share."""
+class FaultProxy(ThreadingHTTPServer):
+    """Run the proxy in a thread for as long as the `with` block lasts."""
 
     daemon_threads = True
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, endpoint: str) -> None:
         super().__init__(("127.0.0.1", 0), Exchange)
-        self.upstream = upstream
-        self.requests: list[Request] = []
-        # By kind of request: the faults of the next ones, and that of all later ones.
-        self.plans: dict[str, tuple[list[Fault | None], Fault | None]] = {}
-        self.whole: dict[str, Answer] = {}  # the last answer to a GET of all of an object, by path
+        self.upstream = urllib.parse.urlsplit(endpoint).netloc
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        # Set the faults of the next requests (None: no fault), and that of all later ones.
+        self.on_object = functools.partial(self.plan, "object")
+        self.on_listing = functools.partial(self.plan, "listing")
+        self.whole: dict[str, Answer] = {}  # the last answer with all of an object, by path
         self.lock, self.closing = threading.Lock(), threading.Event()
+        self.reset()
 
-    def note(self, request: Request) -> "Fault | None":
+    def __enter__(self) -> "FaultProxy":
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closing.set()
+        self.shutdown()
+        self.server_close()
+
+    def reset(self) -> None:
+        """Forget all faults and all requests."""
+        self.requests: list[tuple[str, http.client.HTTPMessage]] = []
+        self.plans: dict[str, tuple[list[Fault | None], Fault | None]] = {}
+
+    def plan(self, kind: str, *faults: "Fault | None", always: "Fault | None" = None) -> None:
+        self.plans[kind] = (list(faults), always)
+
+    def note(self, kind: str, headers: http.client.HTTPMessage) -> "Fault | None":
         """Record a request and return the fault that is due for it."""
         with self.lock:
-            self.requests.append(request)
-            faults, always = self.plans.get(request.kind, ([], None))
+            self.requests.append((kind, headers))
+            faults, always = self.plans.get(kind, ([], None))
             fault = faults.pop(0) if faults else always
             FAULTS["answers of the bucket cut, delayed, altered or refused"] += fault is not None
             return fault
 
-    def shutdown_request(self, request: socket.socket) -> None:
-        """Close a connection; one that is to be reset must not say goodbye first."""
-        linger = request.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, len(RESET_ON_CLOSE))
-        if linger == RESET_ON_CLOSE:
-            self.close_request(request)
-        else:
-            super().shutdown_request(request)
+    def asked(self, kind: str) -> "list[http.client.HTTPMessage]":
+        """Return the headers of the requests of one kind so far."""
+        return [headers for of_kind, headers in list(self.requests) if of_kind == kind]
 
     def handle_error(self, *_: object) -> None:
         """Keep quiet: a client that goes away is what the tests are about."""
-
-
-class FaultProxy:
-    """Run the proxy in a thread for as long as the `with` block lasts."""
-
-    def __init__(self, endpoint: str) -> None:
-        self.server = ProxyServer(urllib.parse.urlsplit(endpoint).netloc)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        # Set the faults of the next GETs (None: no fault), and that of all later ones.
-        self.on_object = functools.partial(self.plan, "object")
-        self.on_listing = functools.partial(self.plan, "listing")
-
-    def __enter__(self) -> "FaultProxy":
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.closing.set()
-        self.server.shutdown()
-        self.server.server_close()
-
-    def plan(self, kind: str, *faults: "Fault | None", always: "Fault | None" = None) -> None:
-        self.server.plans[kind] = (list(faults), always)
-
-    def reset(self) -> None:
-        """Forget all faults and all requests."""
-        self.server.plans.clear()
-        self.server.requests.clear()
-
-    def asked(self, kind: str) -> "list[Request]":
-        """Return the requests of one kind so far."""
-        return [r for r in list(self.server.requests) if r.kind == kind]
 
 
 # --- the faults
@@ -165,10 +128,10 @@ class FaultProxy:
 def cut(at: "int | None", then: "Callable[[Exchange], object]" = bool) -> Fault:
     """End the connection after `at` bytes of the body (None: without an answer)."""
 
-    def fault(exchange: Exchange, request: Request) -> None:
+    def fault(exchange: Exchange) -> None:
         exchange.close_connection = True
         if at is not None:
-            exchange.send(exchange.fetch(request), at)
+            exchange.send(exchange.fetch(), at)
         then(exchange)
 
     return fault
@@ -179,7 +142,9 @@ def reset(at: int) -> Fault:
 
     def then(exchange: Exchange) -> None:
         time.sleep(0.05)  # a reset overtakes what is still on the way
-        exchange.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+        linger = struct.pack("ii", 1, 0)
+        exchange.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        os.close(exchange.connection.detach())  # before anything says goodbye
 
     return cut(at, then)
 
@@ -192,8 +157,8 @@ def stall(at: "int | None") -> Fault:
 def drip(size: int, pause: float) -> Fault:
     """Send the body `size` bytes at a time, with a pause before each piece."""
 
-    def fault(exchange: Exchange, request: Request) -> None:
-        answer = exchange.fetch(request)
+    def fault(exchange: Exchange) -> None:
+        answer = exchange.fetch()
         exchange.send(answer, 0)
         for start in range(0, len(answer.body), size):
             exchange.server.closing.wait(pause)
@@ -204,18 +169,13 @@ def drip(size: int, pause: float) -> Fault:
 
 def change(alter: "Callable[[Answer], Answer]") -> Fault:
     """Send the server's answer with something about it changed."""
-    return lambda exchange, request: exchange.send(alter(exchange.fetch(request)))
+    return lambda exchange: exchange.send(alter(exchange.fetch()))
 
 
 def flip(at: int) -> Fault:
     """Flip one bit of the body's byte `at`."""
-
-    def alter(answer: Answer) -> Answer:
-        body = bytearray(answer.body)
-        body[at % len(body)] ^= 1
-        return answer._replace(body=bytes(body))
-
-    return change(alter)
+    flipped = lambda b: b[:at] + bytes([b[at] ^ 1]) + b[at + 1 :]  # noqa: E731
+    return change(lambda answer: answer._replace(body=flipped(answer.body)))
 
 
 def header(body: slice = slice(None), **headers: object) -> Fault:
@@ -229,7 +189,7 @@ def ignore_range() -> Fault:
 
     It is from an earlier answer: without its Range, a request would not fit its signature.
     """
-    return lambda exchange, request: exchange.send(exchange.server.whole[request.path])
+    return lambda exchange: exchange.send(exchange.server.whole[exchange.path])
 
 
 def status(code: int, s3_code: str) -> Fault:
@@ -240,9 +200,9 @@ def status(code: int, s3_code: str) -> Fault:
 def say(code: int, text: str = "") -> Fault:
     """Answer with this text in the server's place."""
     answer = Answer(code, {"content-length": str(len(text.encode()))}, text.encode())
-    return lambda exchange, request: exchange.send(answer)
+    return lambda exchange: exchange.send(answer)
 
 
 def after(action: "Callable[[], object]") -> Fault:
     """Do something (such as replacing the object) when the request arrives, then go on."""
-    return lambda exchange, request: (action(), exchange.send(exchange.fetch(request)))[1]
+    return lambda exchange: (action(), exchange.send(exchange.fetch()))
