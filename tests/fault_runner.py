@@ -12,7 +12,6 @@ time in a fork of the run; what the fork says and leaves is kept there. Events: 
 """
 
 import builtins
-import faulthandler
 import gc
 import hashlib
 import importlib
@@ -98,7 +97,7 @@ class World:
 
     def strike(self, code: str) -> None:
         """Do what a fault does."""
-        names = "ctypes faulthandler os resource shutil signal subprocess sys threading time torch"
+        names = "ctypes os resource shutil signal subprocess sys threading time torch"
         exec(code, {"world": self} | {n: importlib.import_module(n) for n in names.split()})
 
     def branch(self, fault: "dict[str, Any]", kind: str) -> None:
@@ -110,10 +109,8 @@ class World:
         for action in fault["do"]:
             reader, writer = os.pipe()
             child = os.fork()
-            if child == 0:  # without the threads that these two would wake and wait for
+            if child == 0:  # without the thread that this would wake
                 signal.set_wakeup_fd(-1)
-                faulthandler.cancel_dump_traceback_later = lambda: None
-                faulthandler.dump_traceback_later = lambda *_, **__: None
                 for handle in (1, 2):
                     os.dup2(writer, handle)
                 self.strike(action)
