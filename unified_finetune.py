@@ -1078,7 +1078,7 @@ class Example(TypedDict):
 
 
 @dataclass(frozen=True)
-class PreparedData:  # examples: Example's columns, file, row (from 0), question, answer, length
+class PreparedData:  # examples: Example's columns, file, row (from 0), and those of prepare_dataset
     train: "datasets.Dataset"
     eval: "datasets.Dataset"
     tokenizer: "Tokenizer"
@@ -3782,7 +3782,7 @@ def prepare_dataset(file: DatasetFile, config: FineTuningConfig) -> PreparedData
         what = "  row %d as it is trained (what carries loss stands between ⟦ and ⟧):\n%s"
         log.info(what, train[number]["row"], text)
     log.info("  quality report: %s", path)
-    columns = ["file", "row", "question", "answer", "input_ids", "spans", "length"]
+    columns = ["file", "row", "question", "answer", "input_ids", "spans", "length", "supervised"]
     train, held_out = train.select_columns(columns), held_out.select_columns(columns)
     return PreparedData(train, held_out, tokenizer, base, report, file, limit, shown)
 
@@ -4327,8 +4327,10 @@ def estimate_run(data: PreparedData, report: PreflightReport, config: FineTuning
     with memory_in_words("A training step", MORE_MEMORY):
         memory, _, price = make_plan(data, report, config)
         model = load_trainable(data, report, config, recompute=memory.recompute).train()
-        rows = [*data.train.shuffle(seed=config.seed, keep_in_memory=True)]
-        for batch in (rows[: config.effective_batch], rows[-config.effective_batch :]):
+        rows = data.train.shuffle(seed=config.seed, keep_in_memory=True)  # these are their places
+        size = min(config.effective_batch, len(rows))
+        for places in (range(size), range(len(rows) - size, len(rows))):
+            batch = [rows[place] for place in places]
             lengths = [len(e["input_ids"]) for e in batch]
             started = time.monotonic()
             for indices in plan_passes(lengths, memory.budget):
@@ -4467,9 +4469,11 @@ def answer_samples(
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     chats = [[*system, {"role": "user", "content": text}] for text in own]
     asked: list[Any] = [(c[-1]["content"], None, tokenize_prompt(tokenizer, c)) for c in chats]
-    rows = sorted(data.eval, key=lambda row: row["length"])
-    count = min(SAMPLE_ANSWERS, len(rows))
-    for row in [rows[(2 * k + 1) * len(rows) // (2 * count)] for k in range(count)]:
+    lengths = list(data.eval["length"])
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    count = min(SAMPLE_ANSWERS, len(order))
+    for place in [order[(2 * k + 1) * len(order) // (2 * count)] for k in range(count)]:
+        row = data.eval[place]
         asked.append((row["question"], row["answer"], row["input_ids"][: row["spans"][-1][0]]))
     for asking in [a for a in asked if len(a[2]) > data.base.positions - SAMPLE_TOKENS]:
         log.warning("  too long to answer, left out: %s", shorten(asking[0]))
@@ -4772,8 +4776,7 @@ def write_pages(folder: Path, result: TrainResult, data: PreparedData, **facts: 
     """Write report and model card with their charts; `facts` is what else they speak of."""
     m, ink = result.metrics, INK["accent"]
     lengths = [*data.train["length"], *data.eval["length"]]
-    spans = [*data.train["spans"], *data.eval["spans"]]
-    answers = [sum(end - start for start, end in row) for row in spans]
+    answers = [*data.train["supervised"], *data.eval["supervised"]]
     charts: Any = (
         ("Loss", 310, lambda axes: draw_losses(axes, result), folder / "curves.png"),
         ("Learning rate", 176, lambda axes: draw_curve(axes, result, "learning_rate")),

@@ -506,8 +506,9 @@ def test_a_hang_ends_in_a_run_on_the_cpu_with_the_same_adapter(tmp_path, tiny_mo
     assert (metrics["adapter_sha256"], metrics["device"]) == (expected, "cpu")
 
 
-def test_the_plan_names_a_warm_up_and_a_rate_that_teach_little(data, config, caplog):
+def test_the_plan_names_a_warm_up_and_a_rate_that_teach_little(data, config, caplog, monkeypatch):
     caplog.set_level("INFO")
+    monkeypatch.delattr(datasets.Dataset, "__iter__")  # whoever goes through millions of rows
     slow = {"warmup_steps": 50, "learning_rate": 2e-5, "gradient_checkpointing": "on"}
     report = finetune.PreflightReport((), "cpu", "float32")
     finetune.estimate_run(data, report, dataclasses.replace(config, **slow))
