@@ -176,42 +176,13 @@ def work(args: argparse.Namespace) -> None:
     variant, precision = args.worker.split(":")
     run = run_ours if variant == "ours" else run_plain
     result = run(model, examples, evaluation, precision == "bf16")
-    tokens = [e["length"] for e in examples]
-    # The cells that padding pairs of examples computes.
-    cells = sum(2 * max(pair) for pair in zip(tokens[::2], tokens[1::2], strict=True))
     result |= {
         "step_seconds": [b - a for a, b in itertools.pairwise(result["marks"])],
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
-        "tokens_per_example": statistics.mean(tokens),
-        "supervised_per_example": statistics.mean(e["length"] - e["spans"][0][0] for e in examples),
-        "padded_share": 0.0 if variant == "ours" else 1 - sum(tokens) / cells,
+        "tokens_per_example": statistics.mean(e["length"] for e in examples),
         "eval_examples": len(evaluation),
     }
     print("\n" + json.dumps(result))
-
-
-def gemm_rate(precision: str) -> float:
-    """Return the machine's own rate, in GFLOP/s, at the size of TinyLlama's MLP."""
-    import torch
-
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = torch.randn(768, 2048).to(dtype), torch.randn(5632, 2048).to(dtype)
-    times = []
-    for _ in range(12):
-        started = time.monotonic()
-        torch.nn.functional.linear(a, b)
-        times.append(time.monotonic() - started)
-    return 2 * 768 * 2048 * 5632 / statistics.median(times[2:]) / 1e9
-
-
-def step_gflop(layers: int, tokens: float, supervised: float) -> float:
-    """Count the products of a frozen-base step: forward and input gradients of 16 examples.
-
-    The first layer's q, k and v need no input gradient, which this leaves in (a percent).
-    """
-    layer = 2 * (2048 * 2048 * 2 + 2048 * 256 * 2 + 2048 * 5632 * 3)
-    head = 2 * 2048 * 32000
-    return BATCH * 2 * (layers * layer * tokens + head * supervised) / 1e9
 
 
 def main() -> None:
@@ -243,37 +214,27 @@ def main() -> None:
 def compare(args: argparse.Namespace, model: Path, precision: str) -> dict:
     """Run the variants in turn and print a row for each."""
     runs: dict[str, list[dict]] = {v: [] for v in VARIANTS if args.only in (None, v)}
-    rates = []
     for _ in range(args.rounds):
         for variant in runs:
-            rates.append(gemm_rate(precision))
             command = [sys.executable, __file__, "--worker", f"{variant}:{precision}"]
             command += ["--model", str(model), "--data", args.data, "--steps", str(args.steps)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(done.stderr[-3000:])
             runs[variant].append(json.loads(done.stdout.strip().splitlines()[-1]))
-    rate = statistics.median(rates)
-    print(f"\n{precision}, {args.layers} layers, GEMM {rate:.0f} GFLOP/s, {os.cpu_count()} cores")
-    print("variant  examples/s  ratio  tokens/s  padded  peak GB  of GEMM  eval ex/s  ratio")
-    form = (
-        "{:<7}{examples_per_second:>12.2f}{ratio:>7.2f}{tokens_per_second:>10.0f}"
-        "{padded_share:>8.1%}{peak_gb:>9.2f}{share_of_gemm:>9.1%}"
-        "{eval_examples_per_second:>11.2f}{eval_ratio:>7.2f}"
-    )
+    print(f"\n{precision}, {args.layers} layers, {os.cpu_count()} cores")
+    print("variant  examples/s  ratio  tokens/s  peak GB  eval ex/s  ratio")
+    form = "{:<7}{examples_per_second:>12.2f}{ratio:>7.2f}{tokens_per_second:>10.0f}"
+    form += "{peak_gb:>9.2f}{eval_examples_per_second:>11.2f}{eval_ratio:>7.2f}"
     rows = {}
     for variant, results in runs.items():
         step = statistics.median(s for r in results for s in r["step_seconds"])
         evaluation = statistics.median(r["evaluation"] for r in results)
         first = results[0]
-        tokens = first["tokens_per_example"]
-        gflop = step_gflop(args.layers, tokens, first["supervised_per_example"])
         row = {
             "examples_per_second": BATCH / step,
-            "tokens_per_second": BATCH * tokens / step,
-            "padded_share": first["padded_share"],
+            "tokens_per_second": BATCH * first["tokens_per_example"] / step,
             "peak_gb": statistics.median(r["peak_gb"] for r in results),
-            "share_of_gemm": gflop / step / rate,
             "eval_examples_per_second": first["eval_examples"] / evaluation,
             "losses": first["losses"],
         }
@@ -282,7 +243,7 @@ def compare(args: argparse.Namespace, model: Path, precision: str) -> dict:
         row["eval_ratio"] = row["eval_examples_per_second"] / base["eval_examples_per_second"]
         rows[variant] = row
         print(form.format(variant, **row))
-    return {"gemm_gflops": rate, "layers": args.layers, "cores": os.cpu_count(), "variants": rows}
+    return {"layers": args.layers, "cores": os.cpu_count(), "variants": rows}
 
 
 if __name__ == "__main__":
