@@ -19,13 +19,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Before any test imports torch, transformers or boto3: no network, no telemetry, no cloud metadata.
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    HF_HUB_DISABLE_TELEMETRY="1",
-    TOKENIZERS_PARALLELISM="false",
-    AWS_EC2_METADATA_DISABLED="true",
-    OMP_NUM_THREADS="1",  # the models are tiny: threads would only wait for each other
-)
+# The models are tiny: threads would only wait for each other.
+names = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "OMP_NUM_THREADS")
+os.environ.update(dict.fromkeys(names, "1"), TOKENIZERS_PARALLELISM="false")
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 sys.path.insert(0, str(ROOT))  # so that tests can import the program
 
 FAULTS: "Counter[str]" = Counter()  # what tests inject, counted for the summary at the end

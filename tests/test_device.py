@@ -92,13 +92,8 @@ FAULTY = {
 def test_every_fault_of_a_device_is_found(kind):
     name, spoil = FAULTY[kind]
     memory: dict[Any, Any] = {}
-    assert finetune.find_fault(
-        "cpu",
-        "float32",
-        3,
-        32_000 if spoil is tail_lost else 300,
-        lambda: Broken(name, spoil, memory),
-    )
+    size = 32_000 if spoil is tail_lost else 300
+    assert finetune.find_fault("cpu", "float32", 3, size, lambda: Broken(name, spoil, memory))
 
 
 def test_a_device_that_rounds_coarsely_is_granted_that_and_no_more():

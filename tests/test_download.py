@@ -515,17 +515,7 @@ def test_any_junk_in_place_of_an_info_file_is_harmless(store):
     store.put("alpaca.json")
     path = store.fetch().path
     true = json.loads(path.with_name(path.name + ".info").read_text())
-    junk = [
-        "",
-        '{"key": 1',
-        "[]",
-        "null",
-        "{}",
-        '"\\ud800"',
-        "\x00" * 9,
-        "[" * 100_000,
-        "x" * 99_999,
-    ]
+    junk = ["", '{"key": 1', "[]", "null", "{}", '"\\ud800"', "\0" * 9, "[" * 10**5, "x" * 10**5]
     changes = {"sha256": 5, "size": 1e999, "key": None, "host": ["x"], "etag": "another"}
     junk += [json.dumps({**true, name: value}) for name, value in changes.items()]
     for text in junk:

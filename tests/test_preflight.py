@@ -360,19 +360,11 @@ TINYLLAMA = finetune.BaseModel(
     **{"name": "llama", "digest": "llama", "folder": Path(), "tokenizer": None},
     **{"positions": 2048, "vocabulary": 32000, "parameters": 1_100_048_384},
     file_bytes=2_200_119_864,
-    config=LlamaConfig(
-        vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-    ),
-    linear={
-        **dict.fromkeys(("q_proj", "o_proj"), ((2048, 2048),) * 22),
-        **dict.fromkeys(("k_proj", "v_proj"), ((2048, 256),) * 22),
-    },
-)
+    config=LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
+                       num_attention_heads=32, num_key_value_heads=4),
+    linear={**dict.fromkeys(("q_proj", "o_proj"), ((2048, 2048),) * 22),
+            **dict.fromkeys(("k_proj", "v_proj"), ((2048, 256),) * 22)},
+)  # fmt: skip
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SHORT = [50 + i % 100 for i in range(1600)]
 
