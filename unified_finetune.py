@@ -549,6 +549,7 @@ def start_logging(folder: Path, *, verbose: bool) -> Path:
         console.addFilter(logging.Filter("unified_finetune"))
     both = [console, to_file]
     logging.basicConfig(level=logging.DEBUG, format="%(message)s", handlers=both, force=True)
+    faulthandler.enable(stream)  # a crash in a library says where
     logging.captureWarnings(True)
     logging.raiseExceptions = False  # on a full disk, each record would put a traceback on stderr
     for noisy in ("botocore", "urllib3", "httpx", "httpcore", "filelock", "fsspec", "matplotlib"):

@@ -299,6 +299,7 @@ CASES = {
     "a step that hangs": (0, "for 5 min", [fault("start", HASTE), fault("train", STUCK, step=4)]),
     "a Mac, which is kept awake": (0, "on battery (41 %)", [fault("start", MAC)]),
     "a clock that jumps": (0, "", [fault("start", CLOCK)]),
+    "a crash in a library": (-11, "", [fault("train", "os.kill(os.getpid(), 11)", step=4)]),
 }
 
 
@@ -310,8 +311,10 @@ def test_a_fault_is_told_and_the_result_is_that_of_an_undisturbed_run(runner, ca
     assert ended == code, text
     assert told in text
     assert text.count(" finite") <= 3  # twice, and the end
+    (log,) = (tmp_path / "logs").glob("*.log")
+    if "crash" in case:
+        assert re.search("Segmentation fault[^~]*in accumulate", log.read_text(encoding="utf-8"))
     if "hangs" in case:
-        (log,) = (tmp_path / "logs").glob("*.log")
         assert "in a_stuck_kernel" in log.read_text(encoding="utf-8")
         assert len(re.findall(r"Step \d+ has not ended", text)) == 1
     if "Mac" in case:
