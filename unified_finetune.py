@@ -5188,14 +5188,13 @@ def add_facts(writer: "gguf.GGUFWriter", model: MergedModel, title: str, outtype
         "quantization_version": gguf.GGML_QUANT_VERSION, "vocab_size": c.vocab_size,
         "context_length": c.max_position_embeddings, "embedding_length": c.hidden_size,
         "feed_forward_length": c.intermediate_size, "head_count": c.num_attention_heads,
-        "head_count_kv": c.num_key_value_heads, "key_length": size,
-        "value_length": size, "rope_dimension_count": size,
-        "rope_freq_base": float(c.rope_parameters["rope_theta"]),
+        "head_count_kv": c.num_key_value_heads, "key_length": size, "value_length": size,
+        "rope_dimension_count": size, "rope_freq_base": float(c.rope_parameters["rope_theta"]),
         "layer_norm_rms_eps": c.rms_norm_eps, "tokenizer_model": "llama",
         "tokenizer_pre": "default", "token_list": pieces, "token_scores": scores,
         "token_types": types, "chat_template": str(tokenizer.chat_template),
-        "add_bos_token": writes_bos(tokenizer),
-        "add_eos_token": False, "add_space_prefix": '"Prepend"' in json.dumps(told["normalizer"]),
+        "add_bos_token": writes_bos(tokenizer), "add_eos_token": False,
+        "add_space_prefix": '"Prepend"' in json.dumps(told["normalizer"]),
     }  # fmt: skip
     for role in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"):
         facts[role] = getattr(tokenizer, role)
