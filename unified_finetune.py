@@ -2974,7 +2974,6 @@ STEM = re.compile(r"\b\w{1,6}")
 STOP_STEMS = frozenset(STEM.findall("a an the of in on at to for from by with and or but if is are was were be been being do does did have has had can could will would shall should may might must i you he she it we they me my your his her its our their this that these those what which who whom whose when where why how as not no yes so than then there here about into over under up down out off please tell explain describe give"))
 # ruff: enable[E501]
 # fmt: on
-BITS = {name: 1 << number for number, name in enumerate(CHECKS)}
 TWICE = "\0twice"  # in an object with a key that stands twice: that key
 FLAGS = {"0": False, "false": False, "1": True, "true": True}  # as tables have them, too
 MAX_LINE_BYTES = 64 * 1024 * 1024  # a longer row means that something is wrong with the file
@@ -2983,7 +2982,7 @@ LISTED, NOTED, SHOWN = 100_000, 1000, 3  # rows in a list; rows and examples of 
 MAX_LOST_ANSWER_SHARE = 0.01
 CHARACTERS_PER_TOKEN = 50  # a row with more of them cannot fit: it is not worth tokenizing
 TWO_NEEDED = "At least two different rows are needed, and some hundreds are useful."
-SourceRow = tuple[int, "int | None", object]  # row (from 0), line (from 1), value
+SourceRow = tuple["int | None", object]  # line (from 1; None: unknown), value
 Place = dict[str, Any]  # file, row and, where known, line
 
 
@@ -3064,7 +3063,7 @@ def make_object(pairs: "list[tuple[str, object]]") -> "dict[str, object]":
 ROW_DECODER = json.JSONDecoder(parse_int=float, object_pairs_hook=make_object)
 
 
-def parse_json(text: str, line: int = 1) -> object:
+def parse_json(text: str, line: int = 1) -> Any:
     """Read a JSON text that begins in this line; raise ValueError with what is wrong."""
     text = text.rstrip()
     try:
@@ -3080,7 +3079,7 @@ def parse_json(text: str, line: int = 1) -> object:
 
 def read_json_lines(path: Path, advance: "Callable[[int], None]") -> "Iterator[SourceRow]":
     """Yield the rows of JSON Lines; broken lines are counted to the end and told together."""
-    broken, row = [], 0
+    broken, rows = [], 0
     for line, text in read_lines(path, advance):
         if not text.strip():
             continue
@@ -3089,38 +3088,37 @@ def read_json_lines(path: Path, advance: "Callable[[int], None]") -> "Iterator[S
         except ValueError as error:
             broken.append(str(error))
         if not broken:  # after a broken line, the rest is only counted
-            yield row, line, value
-        row += 1
+            yield line, value
+        rows += 1
     if broken:
         shown = "\n  - ".join(["", *broken[:5], *["..."] * (len(broken) > 5)])
-        what = f"cannot be read: {len(broken)} of {row} lines are not JSON:{shown}"
+        what = f"cannot be read: {len(broken)} of {rows} lines are not JSON:{shown}"
         raise file_error(path, what, "Correct or remove these lines, or export the file again.")
 
 
-def read_document(path: Path, advance: "Callable[[int], None]") -> "list[Any]":
+def read_document(path: Path, advance: "Callable[[int], None]") -> "Iterable[SourceRow]":
     """Return the rows of a JSON array, or of an object that holds them in a list."""
     if path.stat().st_size > MAX_ARRAY_BYTES:
         what = f"is one JSON text of over {human_bytes(MAX_ARRAY_BYTES)}: that does not stream."
         raise file_error(path, what, "Write it as JSON Lines: one row per line.")
     try:
-        content = parse_json("".join(text for _, text in read_lines(path, advance, -1)))
+        rows = parse_json("".join(text for _, text in read_lines(path, advance, -1)))
     except ValueError as error:
         raise file_error(path, f"is broken in {error}.", "Correct or export it again.") from error
-    if not isinstance(content, dict):
-        return typing.cast("list[Any]", content)
-    lists = [v for v in content.values() if isinstance(v, list) and dict in map(type, v)]
-    if len(lists) != 1 or any(clean_name(key) in (*TURNS, *ANSWER) for key in content):
-        what = f"is one JSON object, not an array of rows {list_keys(content)}."
-        raise file_error(path, what, TWO_NEEDED)
-    return lists[0]
+    if isinstance(rows, dict):
+        lists = [v for v in rows.values() if isinstance(v, list) and dict in map(type, v)]
+        if len(lists) != 1 or any(clean_name(key) in (*TURNS, *ANSWER) for key in rows):
+            what = f"is one JSON object, not an array of rows {list_keys(rows)}."
+            raise file_error(path, what, TWO_NEEDED)
+        (rows,) = lists
+    return ((None, row) for row in rows)
 
 
-def read_csv(path: Path, head: str, advance: "Callable[[int], None]") -> "Iterator[object]":
+def read_csv(path: Path, head: str, advance: "Callable[[int], None]") -> "Iterator[SourceRow]":
     """Yield the rows of a table whose first line, `head`, names the columns."""
     columns = {*TURNS, *QUESTION, *INPUT, *ANSWER}
-    known = {m: len(columns & set(map(clean_name, head.split(m)))) for m in ",;\t"}
-    mark = max(known, key=lambda m: known[m])
-    if known[mark] < 2:
+    known, mark = max((len(columns & set(map(clean_name, head.split(m)))), m) for m in ",;\t")
+    if known < 2:
         start = repr(shorten(head, 40))
         raise file_error(path, f"is no JSON, and no table of known columns: it starts {start}.")
     csv.field_size_limit(MAX_LINE_BYTES)
@@ -3132,33 +3130,32 @@ def read_csv(path: Path, head: str, advance: "Callable[[int], None]") -> "Iterat
         for row in rows:
             if None in row or None in row.values():
                 raise csv.Error(f"it has not {len(rows.fieldnames or ())} columns")
-            yield row
+            yield None, row
     except csv.Error as error:
         raise file_error(path, f"is broken in line {rows.line_num}: {error}.") from error
 
 
-def read_parquet(path: Path) -> "Iterator[object]":
+def read_parquet(path: Path) -> "Iterator[SourceRow]":
     with library_errors(f"{path} cannot be read as a table", DATA_KINDS, pyarrow.ArrowException):
         table = pyarrow.parquet.ParquetFile(path)
         if len(set(table.schema_arrow.names)) < len(table.schema_arrow.names):
             raise file_error(path, "has a column twice.")
         for batch in table.iter_batches(1000):
-            yield from batch.to_pylist()
+            yield from ((None, row) for row in batch.to_pylist())
 
 
 def read_rows(path: Path, advance: "Callable[[int], None]") -> "Iterator[SourceRow]":
     """Yield the rows of a file, whose kind follows from its content, not from its name."""
     with library_errors(f"{path} cannot be read", "Check the path and its permissions."):
         with path.open("rb") as stream:
-            head = stream.read(2000)
-            stream.seek(0)
+            head = stream.peek(2000)[:2000]
             raw = iter(lambda: stream.readline(MAX_LINE_BYTES), b"")
             lines = (line.removeprefix(b"\xef\xbb\xbf").strip() for line in raw)
             first, second = (*itertools.islice(filter(None, lines), 2), b"", b"")[:2]
         encoding = json.detect_encoding(head)
         text = head.decode(encoding, "ignore")
         if head.startswith(b"PAR1"):
-            rows: Iterable[object] = read_parquet(path)
+            yield from read_parquet(path)
         elif not first:
             raise file_error(path, "is empty: it holds no rows.")
         elif len(re.findall(r"[\0-\x08\x0e-\x1f]", text)) > 2 or len(text) * 8 < len(head):
@@ -3171,12 +3168,10 @@ def read_rows(path: Path, advance: "Callable[[int], None]") -> "Iterator[SourceR
         # An object over several lines opens with a line that is left unfinished.
         elif first[:1] == b"{" and second and first.endswith(b"}"):
             yield from read_json_lines(path, advance)
-            return
         elif first[:1] in (b"[", b"{"):
-            rows = read_document(path, advance)
+            yield from read_document(path, advance)
         else:
-            rows = read_csv(path, first.decode("utf-8", "replace").replace('"', ""), advance)
-        yield from ((number, None, row) for number, row in enumerate(rows))
+            yield from read_csv(path, first.decode("utf-8", "replace").replace('"', ""), advance)
 
 
 # --- from a row of any known shape to a conversation
@@ -3194,7 +3189,6 @@ class Row:
     end_token: str
     messages: "list[dict[str, str]]" = field(default_factory=list)
     answers: "list[int]" = field(default_factory=list)  # places of the answers that carry loss
-    masked: int = 0  # answers that carry none
     notes: "dict[str, str]" = field(default_factory=dict)  # by check: what was found
     unused: "set[str]" = field(default_factory=set)  # keys
 
@@ -3202,8 +3196,7 @@ class Row:
         """Read a row; `turns` is assistant_turns. Raise RowError where it cannot be trained."""
         if not isinstance(row, dict):
             raise RowError("not_an_object", f"the row is {name_type(row)}, not an object")
-        known = {"chosen", *TURNS, *QUESTION, *ANSWER}
-        if known.isdisjoint(clean_name(str(key)) for key in row):
+        if {"chosen", *TURNS, *QUESTION, *ANSWER}.isdisjoint(clean_name(str(k)) for k in row):
             raise RowError("unknown_shape", f"none of the known keys {list_keys(row)}")
         self.read_object(row)
         roles = [m["role"] for m in self.messages]
@@ -3216,8 +3209,7 @@ class Row:
             self.notes["unanswered_turn"] = f"{len(roles) - end} not used"
             del self.messages[end:]
         if turns == "last":
-            kept = [place for place in self.answers if place == end - 1]
-            self.masked, self.answers = self.masked + len(self.answers) - len(kept), kept
+            self.answers = [place for place in self.answers if place == end - 1]
         if not self.answers:
             raise RowError("masked", "weight, train or loss takes out what could be trained")
         if system and roles[0] != "system":
@@ -3313,9 +3305,8 @@ class Row:
         found = take(fields, CONTENT)
         content = found[1] if found else ""
         if isinstance(content, list):  # OpenAI's parts: texts can be joined, pictures cannot
-            parts: list[Any] = [p.get("text") if isinstance(p, dict) else p for p in content]
-            if all(isinstance(part, str) for part in parts):
-                content = "".join(parts)
+            with contextlib.suppress(TypeError, KeyError):
+                content = "".join(p["text"] if isinstance(p, dict) else p for p in content)
         self.note_unused(fields, f"{name}[].")
         if found or role != "system":
             call = " (a tool call)" * bool(take(fields, TELLING_KEYS["tool_calls"]))
@@ -3330,10 +3321,8 @@ class Row:
         if not VISIBLE.search(text):
             check = "empty_output" if role == "assistant" else "bad_turn"
             raise RowError(check, f"{name} is empty")
-        if role == "assistant":
-            masked = masked or not any(m["role"] == "user" for m in self.messages)
-            self.masked += masked
-            self.answers += [len(self.messages)] * (not masked)
+        if role == "assistant" and not masked and any(m["role"] == "user" for m in self.messages):
+            self.answers.append(len(self.messages))
         message = {"role": role, "content": text}
         if role != "system" or message not in self.messages:  # as a key and as a turn
             self.messages.append(message)
@@ -3350,13 +3339,12 @@ class Row:
         if eaten:
             self.notes["eaten_backslash"] = f"{name} holds {eaten[0]!a}"
         value = value.replace("\r\n", "\n")
-        if not NEVER_TRAINED.search(value):
-            return value
         went = sorted(set(NEVER_TRAINED.findall(value)))
         codes = ", ".join(f"U+{ord(c):04X}" for c in went)
         if any("\ud800" <= c <= "\udfff" for c in went):
             raise RowError("undecodable", f"{name} holds half a character ({codes})")
-        self.notes["control_characters"] = f"{name} held {codes}"
+        if went:
+            self.notes["control_characters"] = f"{name} held {codes}"
         value = re.sub("[\0\ufeff]", "", value)
         return NEVER_TRAINED.sub(lambda m: "\n" if m[0] in "\v\f\r" else " ", value)
 
@@ -3395,7 +3383,8 @@ class Tally:
         for name in names or (check,):
             self.sums[name] += 1
             if len(self.found[name]) < LISTED:
-                self.found[name].append({**place, "reason": check, "detail": detail})
+                known = {name: value for name, value in place.items() if value is not None}
+                self.found[name].append({**known, "reason": check, "detail": detail})
 
 
 def encode_row(
@@ -3426,6 +3415,7 @@ def encode_row(
         if not kept:
             raise RowError("over_length", row.notes["over_length"])
         row.notes["over_length"] += f": {answered - kept} of its answers are cut off"
+    masked = sum(m["role"] == "assistant" for m in row.messages) - len(row.answers)
     said, asked, replies = list[str](), list[int](), list[int]()
     for place, message in enumerate(row.messages):
         plain = unicodedata.normalize("NFKC", message["content"]).casefold()
@@ -3440,9 +3430,8 @@ def encode_row(
     sums.update(question=len(question), answer=len(last["content"]))
     return {
         "question": question, "answer": last["content"], "input_ids": ids[:limit], "spans": spans,
-        "length": min(len(ids), limit), "answers": len(row.answers), "masked": row.masked,
-        "supervised": kept, "characters": sum(map(len, said)), "asked": asked,
-        "answered": replies, "checks": sum(BITS[check] for check in row.notes),
+        "length": min(len(ids), limit), "answers": len(row.answers), "masked": masked,
+        "supervised": kept, "characters": sum(map(len, said)), "asked": asked, "answered": replies,
         "key": hash_of(repr(row.messages), repr(row.answers)),
         "stems": rensa.RMinHash.hash_token_sets([stems])[0],
     }  # fmt: skip
@@ -3460,8 +3449,8 @@ def encode_rows(
     with progress_bar(file.size, "B", "preparing") as advance:
         for part in file.files:
             name = part.path.name if names[part.path.name] == 1 else str(part.path)
-            for number, line, value in read_rows(part.path, advance):
-                place = {"file": name, "row": number, **({"line": line} if line else {})}
+            for number, (line, value) in enumerate(read_rows(part.path, advance)):
+                place = {"file": name, "row": number, "line": line}
                 row = Row(str(tokenizer.eos_token))
                 tally.sums["total"] += 1
                 try:
@@ -3477,7 +3466,8 @@ def encode_rows(
                     also = ["truncated"] * (check == "over_length")
                     tally.note(place, check, detail, check, *also)
                 tally.unused.update(row.unused)
-                yield place | columns
+                left_out = next((c for c in config.drop_checks if c in row.notes), None)
+                yield {**place, **columns, "left_out": left_out}
 
 
 def store_rows(rows: "Iterator[dict[str, Any]]", cache: Path) -> "datasets.Dataset":
@@ -3487,7 +3477,7 @@ def store_rows(rows: "Iterator[dict[str, Any]]", cache: Path) -> "datasets.Datas
     columns = {
         "file": text, "row": number, "line": number, "question": text, "answer": text,
         "input_ids": tokens, "spans": datasets.List(tokens), "length": number, "answers": number,
-        "masked": number, "supervised": number, "characters": number, "checks": bits, "key": bits,
+        "masked": number, "supervised": number, "characters": number, "left_out": text, "key": bits,
         "asked": hashes, "answered": hashes, "stems": hashes,
     }  # fmt: skip
     cache.mkdir(parents=True, exist_ok=True)
@@ -3579,18 +3569,13 @@ def join_families(
     return family
 
 
-def place_of(table: "datasets.Dataset", row: int) -> Place:
-    place = {name: table.data.column(name)[row].as_py() for name in ("file", "row", "line")}
-    return {name: value for name, value in place.items() if value is not None}
-
-
 def relate_rows(
     table: "datasets.Dataset", tally: Tally, keep_duplicates: bool
-) -> "tuple[np.ndarray, list[int]]":
-    """Note what rows have to do with each other; return the checks and the family of each row.
+) -> "tuple[dict[str, list[int]], list[int]]":
+    """Note what rows have to do with each other; return the rows by check, and their families.
 
     A family are rows that must not stand on both sides of the split: near duplicates, paraphrases,
-    and rows that ask the same. It is named by the place of its first row.
+    and rows that ask the same. It is named by the key of its first row.
     """
     column = table.data.column
     keys, sizes = column("key").to_pylist(), column("characters").to_numpy()
@@ -3622,27 +3607,25 @@ def relate_rows(
                 near.setdefault(pair[1], pair[0])
     usual = float(np.median(sizes[kept])) if kept else 0.0
     long = {row: row for row in kept if sizes[row] > OUTLIER * usual}
-    checks, answers = column("checks").to_numpy().copy(), column("answer")
+    related, places = dict[str, list[int]](), table.select_columns(["file", "row", "line"])
     for check, how, earlier in (
         ("exact_duplicate", "the same as row {}: {!r}, there {!r}", same),
         ("contradiction", "asks as row {}: {!r}, there {!r}", other),
         ("near_duplicate", "nearly row {}: {!r}, there {!r}", near),
         ("length_outlier", f"many times the usual {usual:.0f} characters", long),
     ):
+        related[check] = sorted(earlier)
         for row, before in sorted(earlier.items()):
-            checks[row] |= np.uint64(BITS[check])
-            here, there = shorten(answers[row].as_py(), 50), shorten(answers[before].as_py(), 50)
-            detail = how.format(column("row")[before].as_py(), here, there)
-            tally.note(place_of(table, row), check, detail)
-    return checks, join_families(len(table), together, alike)
+            here, there = (shorten(column("answer")[n].as_py(), 50) for n in (row, before))
+            detail = how.format(places[before]["row"], here, there)
+            tally.note(places[row], check, detail)
+    return related, [keys[row] for row in join_families(len(table), together, alike)]
 
 
 # --- the split, the report, and what it takes to go on
 
 
-def choose_sides(
-    families: "list[int]", keys: "list[int]", train: float, held: float, seed: int
-) -> "tuple[list[int], list[int]]":
+def choose_sides(families: "list[int]", config: FineTuningConfig) -> "tuple[list[int], list[int]]":
     """Return the places to train on and those to hold out; a family is never torn.
 
     Families come in the order of a seeded hash. The largest one is trained on, and so is one that
@@ -3654,10 +3637,11 @@ def choose_sides(
     if len(members) < 2:
         what = "All usable rows are versions of one question: none can be held out for evaluation."
         raise FineTuningError(what, TWO_NEEDED)
-    order = sorted(members, key=lambda family: hash_of(str(seed), str(keys[family])))
+    order = sorted(members, key=lambda family: hash_of(str(config.seed), str(family)))
     trained = members.pop(max(order, key=lambda family: len(members[family])))
-    held_out, most = list[int](), max(1, round(held * rows))
-    rest = rows if train + held > 1 - 1e-9 else round(train * rows)
+    held_out, most = list[int](), max(1, round(config.eval_split * rows))
+    whole = config.train_split + config.eval_split > 1 - 1e-9
+    rest = rows if whole else round(config.train_split * rows)
     for side, size, largest in (held_out, most, max(10, most / 2)), (trained, rest, rows):
         for family in order:
             if family in members and len(members[family]) <= min(largest, size - len(side)):
@@ -3750,13 +3734,15 @@ def prepare_dataset(file: DatasetFile, config: FineTuningConfig) -> PreparedData
     tokenizer, limit = base.tokenizer, min(config.max_seq_length, base.positions)
     with disk_errors(cache, "--cache_dir"):
         table = store_rows(encode_rows(file, config, base, limit, tally), cache)
-    checks, families = relate_rows(table, tally, config.keep_duplicates)
-    left_out = np.zeros(len(table), bool)
-    for check in ("exact_duplicate", *config.drop_checks):
-        for row in np.flatnonzero((checks & np.uint64(BITS[check]) != 0) & ~left_out).tolist():
-            left_out[row] = True
-            tally.note(place_of(table, row), check, CHECKS[check][1], "dropped")
-    kept = np.flatnonzero(~left_out)
+    related, families = relate_rows(table, tally, config.keep_duplicates)
+    own = table.data.column("left_out").to_pylist()
+    left_out = {row: check for row, check in enumerate(own) if check}
+    for check in (*config.drop_checks, "exact_duplicate"):
+        left_out |= dict.fromkeys(related.get(check, ()), check)
+    places = table.select_columns(["file", "row", "line"])
+    for row, check in sorted(left_out.items()):
+        tally.note(places[row], check, CHECKS[check][1], "dropped")
+    kept = np.array([row for row in range(len(table)) if row not in left_out], int)
     report = build_report(tally, table, kept)
     path = publish_report(report, Path(config.output_dir), Path(config.log_dir))
     lost = report.lost_answer_tokens / max(1, tally.sums["answer_tokens"])
@@ -3765,8 +3751,7 @@ def prepare_dataset(file: DatasetFile, config: FineTuningConfig) -> PreparedData
         reasons = Counter(row["reason"] for row in report.dropped).most_common()
         told = ", ".join(f"{count} {reason}" for reason, count in reasons)
         raise FineTuningError(f"No row is left to train on ({told}).", f"All reasons: {path}")
-    shares, keys = (config.train_split, config.eval_split), table.data.column("key").to_pylist()
-    sides = choose_sides([families[row] for row in kept], keys, *shares, config.seed)
+    sides = choose_sides([families[row] for row in kept], config)
     train, held_out = (table.select(kept[side]) for side in sides)
     unused = len(kept) - len(train) - len(held_out)
     why = f", {unused} unused (train_split + eval_split < 1)" * bool(unused)
@@ -4938,16 +4923,15 @@ class Conversation:
         names = ("temperature", "top_p", "top_k", "repetition_penalty")
         settings: Any = {name: getattr(self.options, name) for name in names}
         room = self.base.positions - len(prompt)
-        settings["max_new_tokens"] = min(self.options.max_new_tokens, room)
 
         def show(piece: str) -> None:
             said.append(piece)
             write_out(piece)
 
+        settings |= {"max_new_tokens": min(self.options.max_new_tokens, room), "on_text": show}
         write_out(label)
         with memory_in_words("An answer to so many tokens", "Use --bf16, or a shorter message."):
-            asked = (self.model, self.base.tokenizer, [prompt])
-            (answer,) = generate(*asked, on_text=show, **settings)
+            (answer,) = generate(self.model, self.base.tokenizer, [prompt], **settings)
         write_out("\n")
         if not answer.stopped:
             log.info("(cut after %d tokens)", len(answer.token_ids))
@@ -5168,11 +5152,11 @@ def check_gguf(model: MergedModel) -> None:
 
 def gguf_tensor(model: MergedModel, name: str) -> "torch.Tensor":
     """Return a merged tensor in fp32, with the rows of q and k as llama.cpp has them."""
-    weight, heads = model.tensor(name), model.base.config.num_attention_heads
-    found = re.search(r"self_attn\.([qk])_proj\.weight$", name)
-    if not found:
+    c, weight = model.base.config, model.tensor(name)
+    rotated = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}
+    heads = rotated.get(name.removesuffix(".weight").rpartition(".")[2])
+    if not heads:
         return weight
-    heads = heads if found.group(1) == "q" else model.base.config.num_key_value_heads or heads
     # transformers rotates row i of a head with row i + size / 2, llama.cpp rotates neighbours.
     rows = weight.reshape(heads, 2, -1, weight.shape[1])
     return rows.transpose(1, 2).reshape(weight.shape).contiguous()
@@ -5181,22 +5165,21 @@ def gguf_tensor(model: MergedModel, name: str) -> "torch.Tensor":
 def add_facts(writer: "gguf.GGUFWriter", model: MergedModel, title: str, outtype: str) -> None:
     """Write what the model is, the network's shape, and the tokenizer with its template."""
     c, tokenizer, rows = model.base.config, model.base.tokenizer, model.base.vocabulary
-    told = json.loads(tokenizer.backend_tokenizer.to_str())
-    pieces = [f"[PAD{i}]" for i in range(rows)]  # embeddings without a token, as llama.cpp has them
-    types, scores = [int(gguf.TokenType.UNUSED)] * rows, [0.0] * rows
+    told, kinds = json.loads(tokenizer.backend_tokenizer.to_str()), gguf.TokenType
+    # Embeddings without a token, as llama.cpp has them; then the order of its merging.
+    tokens, ranks = [(f"[PAD{i}]", 0.0, kinds.UNUSED) for i in range(rows)], dict[str, float]()
+    for rank, merge in enumerate(told["model"]["merges"], 1):
+        piece = "".join(merge.split(" ") if isinstance(merge, str) else merge)
+        ranks.setdefault(piece, -float(rank))
     for piece, i in told["model"]["vocab"].items():
         is_byte = re.fullmatch("<0x[0-9A-F]{2}>", piece)
-        pieces[i], scores[i] = piece, 0.0 if is_byte else -1e6
-        types[i] = int(gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL)
-    for rank, merge in enumerate(told["model"]["merges"], 1):  # the order of llama.cpp's merging
-        i = told["model"]["vocab"]["".join(merge.split(" ") if isinstance(merge, str) else merge)]
-        scores[i] = max(scores[i], -float(rank))
-    kinds, unknown = gguf.TokenType, told["model"].get("unk_token")
+        score, kind = (0.0, kinds.BYTE) if is_byte else (ranks.get(piece, -1e6), kinds.NORMAL)
+        tokens[i] = piece, score, kind
     for token in told["added_tokens"]:
-        i, piece = token["id"], token["content"]
         kind = kinds.CONTROL if token["special"] else kinds.USER_DEFINED
-        types[i] = int(kinds.UNKNOWN if piece == unknown else kind)
-        pieces[i], scores[i] = piece, 0.0
+        kind = kinds.UNKNOWN if token["content"] == told["model"].get("unk_token") else kind
+        tokens[token["id"]] = token["content"], 0.0, kind
+    pieces, scores, types = (list(column) for column in zip(*tokens, strict=True))
     about = f"{Path(model.base.name).name} with a LoRA adapter, SHA-256 "
     size = c.head_dim or c.hidden_size // c.num_attention_heads
     file_type = "ALL_F32" if outtype == "f32" else "MOSTLY_" + outtype.upper()
@@ -5206,17 +5189,17 @@ def add_facts(writer: "gguf.GGUFWriter", model: MergedModel, title: str, outtype
         "quantization_version": gguf.GGML_QUANT_VERSION, "vocab_size": c.vocab_size,
         "context_length": c.max_position_embeddings, "embedding_length": c.hidden_size,
         "feed_forward_length": c.intermediate_size, "head_count": c.num_attention_heads,
-        "head_count_kv": c.num_key_value_heads or c.num_attention_heads, "key_length": size,
-        "value_length": size, "rope_dimension_count": size,
-        "rope_freq_base": float(c.rope_parameters["rope_theta"]),
+        "head_count_kv": c.num_key_value_heads, "key_length": size, "value_length": size,
+        "rope_dimension_count": size, "rope_freq_base": float(c.rope_parameters["rope_theta"]),
         "layer_norm_rms_eps": c.rms_norm_eps, "tokenizer_model": "llama",
         "tokenizer_pre": "default", "token_list": pieces, "token_scores": scores,
         "token_types": types, "chat_template": str(tokenizer.chat_template),
-        "add_bos_token": writes_bos(tokenizer),
-        "add_eos_token": False, "add_space_prefix": '"Prepend"' in json.dumps(told["normalizer"]),
+        "add_bos_token": writes_bos(tokenizer), "add_eos_token": False,
+        "add_space_prefix": '"Prepend"' in json.dumps(told["normalizer"]),
     }  # fmt: skip
-    roles = ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id")
-    for name, value in [*facts.items(), *((role, getattr(tokenizer, role)) for role in roles)]:
+    for role in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"):
+        facts[role] = getattr(tokenizer, role)
+    for name, value in facts.items():
         if value is not None:
             getattr(writer, f"add_{name}")(value)
 
@@ -5224,7 +5207,7 @@ def add_facts(writer: "gguf.GGUFWriter", model: MergedModel, title: str, outtype
 def write_gguf(model: MergedModel, outtype: str, path: Path) -> None:
     """Write model and tokenizer as one GGUF file, a tensor at a time, and read it back."""
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.base.config.num_hidden_layers)
-    writer, places, kinds = gguf.GGUFWriter(path, "llama"), {}, {}
+    writer, kinds = gguf.GGUFWriter(path, "llama"), {}
     add_facts(writer, model, path.stem.rpartition("-")[0], outtype)
     for name, shape in model.shapes.items():  # number formats as in llama.cpp's converter
         place = table.get_name(name, try_suffixes=(".weight",))
@@ -5233,7 +5216,7 @@ def write_gguf(model: MergedModel, outtype: str, path: Path) -> None:
         small = "f16" if outtype == "q8_0" and shape[-1] % 32 else outtype
         kind = gguf.GGMLQuantizationType[("f32" if len(shape) == 1 else small).upper()]
         size = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
-        places[name], kinds[name] = place, kind
+        kinds[name] = kind
         writer.add_tensor_info(place, shape, np.dtype(np.float32), size, kind)
     with progress_bar(2 * len(kinds), "tensors", "converting") as advance:
         with contextlib.closing(writer):
@@ -5243,22 +5226,20 @@ def write_gguf(model: MergedModel, outtype: str, path: Path) -> None:
             for name, kind in kinds.items():
                 writer.write_tensor_data(gguf.quantize(gguf_tensor(model, name).numpy(), kind))
                 advance()
-        written = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
-        for name, kind in kinds.items():
+        for name, written in zip(kinds, gguf.GGUFReader(path).tensors, strict=True):
             weight = gguf_tensor(model, name)
-            back = torch.tensor(gguf.dequantize(written[places[name]], kind))
+            back = torch.tensor(gguf.dequantize(written.data, written.tensor_type))
             check_written(name, weight, back.reshape(weight.shape), outtype)
             advance()
 
 
 def modelfile(model: MergedModel, system: str, gguf_name: str) -> "tuple[str, str]":
     """Return the Modelfile that makes Ollama serve the model as trained, or why there is none."""
-    tokenizer = model.base.tokenizer
+    tokenizer, bos = model.base.tokenizer, str(model.base.tokenizer.bos_token or "")
 
     def render(roles: str, text: str, *, answer: bool = True) -> str:
         messages = [{"role": role, "content": text} for role in roles.split()]
-        rendered = render_chat(tokenizer, messages, answer_next=answer)
-        return rendered.removeprefix(str(tokenizer.bos_token or ""))
+        return render_chat(tokenizer, messages, answer_next=answer).removeprefix(bos)
 
     # Ollama reads no Jinja: what the template writes around a turn is read off what it renders.
     before, _, after = render("user", "\u2063", answer=False).partition("\u2063")
