@@ -1134,10 +1134,8 @@ def weight_files(folder: Path) -> "list[str]":
 def model_problem(folder: Path) -> "str | None":
     """Return what keeps a folder from being a whole base model, going by its files' first bytes."""
     weights = weight_files(folder)
-    pieces = "tokenizer.json"
-    if (folder / "tokenizer.model").is_file() and not (folder / pieces).is_file():
-        pieces = "tokenizer.model"
-    for name in ("config.json", pieces, *weights):
+    tokenizers = [n for n in ("tokenizer.json", "tokenizer.model") if (folder / n).is_file()]
+    for name in ("config.json", *(tokenizers or ["tokenizer.json"])[:1], *weights):
         # transformers would unpickle whatever an index names under another ending.
         if name in weights and not re.fullmatch(r"[^/\\]+\.safetensors", name):
             return f"names {name} as its weights; only safetensors are ever read, never pickles"
@@ -1260,32 +1258,26 @@ def open_base_model(model_name: str) -> BaseModel:
             problem = f"holds a {family} model; this program trains {', '.join(FAMILIES.values())}"
         elif quantized:
             method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-            problem = (
-                f"holds a quantized model ({method}); choose the original that it was made from"
-            )
+            problem = f"holds a quantized model ({method}); choose the original it was made from"
         if problem:
             hint = "Mend it, or choose another base model with --model_name."
             raise FineTuningError(f"The base model folder {folder} {problem}.", hint)
         model, tokenizer = read_empty_model(folder), load_tokenizer(folder)
         rows = len(typing.cast("Any", model.get_input_embeddings()).weight)
-        tokens = max(tokenizer.get_vocab().values()) + 1
-        if tokens > rows:
-            what = (
-                f"The tokenizer in {folder} has {tokens} tokens, the model only {rows} embeddings."
-            )
+        ids = max(tokenizer.get_vocab().values()) + 1
+        if ids > rows:
+            what = f"The tokenizer in {folder} has {ids} tokens, the model only {rows} embeddings."
             raise FineTuningError(what, "Restore the model's own tokenizer files.")
-        linear: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        linear: dict[str, tuple[tuple[int, int], ...]] = defaultdict(tuple)
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
-                linear[name.rpartition(".")[2]].append((module.in_features, module.out_features))
+                linear[name.rpartition(".")[2]] += ((module.in_features, module.out_features),)
         weights = [folder / name for name in weight_files(folder)]
         # With the weights, all that decides how a text is read and how it is answered.
         names = "config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|chat_template"
-        reads = [
-            p for p in folder.iterdir() if re.fullmatch(rf"({names})\.(json|model|jinja)", p.name)
-        ]
+        read = re.compile(rf"({names})\.(json|model|jinja)")
         whole = hashlib.sha256()
-        for path in [*sorted(reads), *weights]:
+        for path in [*sorted(p for p in folder.iterdir() if read.fullmatch(p.name)), *weights]:
             # A large file of the hub's cache is a link to a blob named after its SHA-256.
             blob = path.resolve().name if path.is_symlink() else ""
             known = blob if re.fullmatch("[0-9a-f]{64}", blob) else sha256_of(path)
@@ -1296,10 +1288,9 @@ def open_base_model(model_name: str) -> BaseModel:
         return BaseModel(
             name=str(folder) if Path(model_name).is_dir() else model_name, folder=folder,
             digest=whole.hexdigest(), config=model.config, tokenizer=tokenizer, vocabulary=rows,
-            parameters=sum(p.numel() for p in model.parameters()),
+            parameters=model.num_parameters(), linear=dict(linear),
             file_bytes=sum(path.stat().st_size for path in weights),
             positions=min(getattr(model.config, name, None) or 2**31 for name in limits),
-            linear={name: tuple(shapes) for name, shapes in linear.items()},
         )  # fmt: skip
 
 
@@ -1836,8 +1827,8 @@ def load_adapter_weights(model: "PeftModel", weights: "Mapping[str, Tensor] | Pa
     given = safetensors.torch.load_file(weights) if isinstance(weights, Path) else dict(weights)
     known = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     theirs, ours = ({(n, v.shape) for n, v in w.items()} for w in (given, known))
-    if theirs != ours:
-        names = {name for name, _ in theirs ^ ours}
+    names = {name for name, _ in theirs ^ ours}
+    if names:
         what = f"{len(names)} tensors have no counterpart ({min(names)}) of that name and shape."
         hint = "Rank, target modules and base model must be those it was trained with."
         raise FineTuningError(what, hint)
@@ -1884,9 +1875,8 @@ def plain_loss(model: Any, examples: Sequence[Example]) -> "Tensor":
     """Return the mean loss of examples as transformers computes it, in one padded batch."""
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     ids = pad([torch.tensor(e["input_ids"]) for e in examples]).to(model.device)
-    labels = pad([torch.tensor(labels_of(e)) for e in examples], padding_value=-100)
-    done = model(input_ids=ids, labels=labels.to(model.device), use_cache=False)
-    return typing.cast("Tensor", done.loss)
+    labels = pad([torch.tensor(labels_of(e)) for e in examples], padding_value=-100).to(ids.device)
+    return typing.cast("Tensor", model(input_ids=ids, labels=labels, use_cache=False).loss)
 
 
 def prove_engine(model: "PeftModel", examples: "datasets.Dataset", device: str) -> None:
@@ -1950,10 +1940,9 @@ def weights_problem(path: Path) -> "str | None":
     try:
         if written and sha256_of(path) != written:
             return f"{path.name} is not the file that training saved (SHA-256 in {METRICS_FILE})"
-        with safetensors.safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - no dictionary
-                if not file.get_tensor(name).isfinite().all():
-                    return f"{path.name} holds NaN or infinite numbers ({name})"
+        for name, tensor in safetensors.torch.load_file(path).items():
+            if not tensor.isfinite().all():
+                return f"{path.name} holds NaN or infinite numbers ({name})"
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         return f"{path.name} is damaged: {first_line(error)}"
     return None
@@ -1990,8 +1979,7 @@ def open_adapter(folder: Path) -> AdapterFolder:
 def attach_adapter(model: "PreTrainedModel", adapter: AdapterFolder) -> "PeftModel":
     """Put the adapter on its base model; raise FineTuningError where the two do not fit."""
     what = f"The adapter in {adapter.path} does not fit the model {adapter.base_name}"
-    hint = "Take the adapter_config.json of its own training."
-    with library_errors(what, hint, FineTuningError):
+    with library_errors(what, "Take the adapter_config.json of its training.", FineTuningError):
         shape = peft.LoraConfig.from_pretrained(str(adapter.path))
         tuned = peft.PeftModelForCausalLM(model, shape)
         load_adapter_weights(tuned, adapter.weights)
