@@ -1135,10 +1135,8 @@ def weight_files(folder: Path) -> "list[str]":
 def model_problem(folder: Path) -> "str | None":
     """Return what keeps a folder from being a whole base model, going by its files' first bytes."""
     weights = weight_files(folder)
-    pieces = "tokenizer.json"
-    if (folder / "tokenizer.model").is_file() and not (folder / pieces).is_file():
-        pieces = "tokenizer.model"
-    for name in ("config.json", pieces, *weights):
+    tokenizers = [n for n in ("tokenizer.json", "tokenizer.model") if (folder / n).is_file()]
+    for name in ("config.json", *(tokenizers or ["tokenizer.json"])[:1], *weights):
         # transformers would unpickle whatever an index names under another ending.
         if name in weights and not re.fullmatch(r"[^/\\]+\.safetensors", name):
             return f"names {name} as its weights; only safetensors are ever read, never pickles"
@@ -1155,12 +1153,7 @@ def find_base_folder(model_name: str) -> Path:
     folder = Path(model_name)
     if folder.is_dir():
         return folder.resolve()
-    client = huggingface_hub.errors.HfHubHTTPError.__bases__[0].__module__.split(".")[0]
-    http = sys.modules[client]  # requests, httpx(2)
-    # No network, a refusal, odd proxies and addresses, pages that only look like an answer.
-    trouble = (*FOREIGN_ERRORS, http.HTTPError, getattr(http, "InvalidURL", ValueError))
-    name = "models--" + model_name.replace("/", "--")
-    cache = Path(huggingface_hub.constants.HF_HUB_CACHE) / name
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE, "models--" + model_name.replace("/", "--"))
     latest = [path.read_text().strip() for path in cache.glob("refs/main")]
     whole = [path for path in cache.glob("snapshots/*") if not model_problem(path)]
     whole.sort(key=lambda path: (path.name not in latest, -path.stat().st_mtime))
@@ -1173,7 +1166,9 @@ def find_base_folder(model_name: str) -> Path:
     files["ignore_patterns"] = ["*/*", "consolidated*"]  # the same weights in other formats
     try:
         return Path(huggingface_hub.snapshot_download(model_name, **files))
-    except trouble as error:
+    except Exception as error:
+        # No network, a refusal, odd proxies and addresses, pages that only look like an answer:
+        # some are errors of the hub's HTTP client (requests or httpx), which have no common base.
         said = shorten(str(error) or type(error).__name__, 300)
         if whole:
             log.warning("  the hub cannot be asked (%s): using %s", said, whole[0])
@@ -1198,19 +1193,16 @@ def read_empty_model(folder: Path) -> "PreTrainedModel":
     model, found = load_model(folder, device_map="meta", dtype=torch.float32, **how)
     # Old checkpoints keep what is computed today.
     surplus = [k for k in found["unexpected_keys"] if ".layers." in k and "inv_freq" not in k]
-    kinds: dict[str, str] = {}
+    rounded, whole = list[str](), ("F64", "F32", "F16", "BF16")
     for path in (folder / name for name in weight_files(folder)):
         with safetensors.safe_open(path, framework="pt") as file:
-            kinds |= {n: file.get_slice(n).get_dtype() for n in file.keys()}  # noqa: SIM118
-    rounded = [n for n, kind in kinds.items() if kind not in ("F64", "F32", "F16", "BF16")]
+            names = [n for n in file.keys() if n.endswith(".weight")]  # noqa: SIM118
+            rounded += [n for n in names if file.get_slice(n).get_dtype() not in whole]
     for names, what in (
         (found["missing_keys"], "its files lack {}, and random numbers would take its place"),
         ([k[0] for k in found["mismatched_keys"]], "{} has another shape than config.json says"),
         (surplus, "its files hold {}, which config.json does not"),
-        (
-            [n for n in rounded if n.endswith(".weight")],
-            "{} are whole numbers or of 8 bits, which nothing here reads",
-        ),
+        (rounded, "{} are whole numbers or of 8 bits, which nothing here reads"),
     ):
         if names:
             told = what.format(shorten(", ".join(sorted(names)), 200))
@@ -1233,10 +1225,9 @@ def load_tokenizer(folder: Path) -> "Tokenizer":
     hint = "Choose a base with a whole tokenizer.json."
     with library_errors(f"The tokenizer in {folder} cannot be used", hint, Exception):
         # transformers 5's AutoTokenizer rebuilds Llama's, and then splits the text after </s> anew.
-        if (folder / "tokenizer.json").is_file():
-            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-        else:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        whole = (folder / "tokenizer.json").is_file()
+        kind: Any = getattr(transformers, "PreTrainedTokenizerFast" if whole else "AutoTokenizer")
+        tokenizer: Tokenizer = kind.from_pretrained(folder, trust_remote_code=False)
         if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
             raise ValueError("it exists in Python only, not as a tokenizer.json")
         if tokenizer.eos_token_id is None:
@@ -1256,58 +1247,52 @@ def load_tokenizer(folder: Path) -> "Tokenizer":
     return tokenizer
 
 
-def measure_base_model(model_name: str) -> BaseModel:
-    """Find a base model, prove its files whole and measure it."""
-    folder = find_base_folder(model_name)
-    problem = model_problem(folder)
-    settings = {} if problem else read_json(folder / "config.json")
-    family, quantized = settings.get("model_type"), settings.get("quantization_config")
-    if not problem and family not in FAMILIES:
-        problem = f"holds a {family} model; this program trains {', '.join(FAMILIES.values())}"
-    elif quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        problem = f"holds a quantized model ({method}); choose the original that it was made from"
-    if problem:
-        hint = "Mend it, or choose another base model with --model_name."
-        raise FineTuningError(f"The base model folder {folder} {problem}.", hint)
-    model, tokenizer = read_empty_model(folder), load_tokenizer(folder)
-    rows = len(typing.cast("Any", model.get_input_embeddings()).weight)
-    tokens = max(tokenizer.get_vocab().values()) + 1
-    if tokens > rows:
-        what = f"The tokenizer in {folder} has {tokens} tokens, the model only {rows} embeddings."
-        raise FineTuningError(what, "Restore the model's own tokenizer files.")
-    linear: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
-            linear[name.rpartition(".")[2]].append((module.in_features, module.out_features))
-    weights = [folder / name for name in weight_files(folder)]
-    # With the weights, all that decides how a text is read and how it is answered.
-    names = "config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|chat_template"
-    reads = [p for p in folder.iterdir() if re.fullmatch(rf"({names})\.(json|model|jinja)", p.name)]
-    whole = hashlib.sha256()
-    for path in [*sorted(reads), *weights]:
-        # A large file of the hub's cache is a link to a blob named after its SHA-256.
-        blob = path.resolve().name if path.is_symlink() else ""
-        known = blob if re.fullmatch("[0-9a-f]{64}", blob) else sha256_of(path)
-        whole.update(f"{path.name} {known}\n".encode())
-    # Beyond a sliding window, or beyond the positions that rotary factors change at (Phi-3 128k),
-    # an example alone and among others would differ.
-    limits = ("max_position_embeddings", "sliding_window", "original_max_position_embeddings")
-    return BaseModel(
-        name=str(folder) if Path(model_name).is_dir() else model_name, folder=folder,
-        digest=whole.hexdigest(), config=model.config, tokenizer=tokenizer, vocabulary=rows,
-        parameters=sum(p.numel() for p in model.parameters()),
-        file_bytes=sum(path.stat().st_size for path in weights),
-        positions=min(getattr(model.config, name, None) or 2**31 for name in limits),
-        linear={name: tuple(shapes) for name, shapes in linear.items()},
-    )  # fmt: skip
-
-
 @functools.cache
 def open_base_model(model_name: str) -> BaseModel:
-    """Return what there is to know about a base model; it is found and measured once."""
+    """Find a base model, prove its files whole and measure it (once)."""
     with library_errors(f"The base model {model_name} cannot be read", GET_MODEL_AGAIN):
-        return measure_base_model(model_name)
+        folder = find_base_folder(model_name)
+        problem = model_problem(folder)
+        settings = {} if problem else read_json(folder / "config.json")
+        family, quantized = settings.get("model_type"), settings.get("quantization_config")
+        if not problem and family not in FAMILIES:
+            problem = f"holds a {family} model; this program trains {', '.join(FAMILIES.values())}"
+        elif quantized:
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+            problem = f"holds a quantized model ({method}); choose the original it was made from"
+        if problem:
+            hint = "Mend it, or choose another base model with --model_name."
+            raise FineTuningError(f"The base model folder {folder} {problem}.", hint)
+        model, tokenizer = read_empty_model(folder), load_tokenizer(folder)
+        rows = len(typing.cast("Any", model.get_input_embeddings()).weight)
+        ids = max(tokenizer.get_vocab().values()) + 1
+        if ids > rows:
+            what = f"The tokenizer in {folder} has {ids} tokens, the model only {rows} embeddings."
+            raise FineTuningError(what, "Restore the model's own tokenizer files.")
+        linear: dict[str, tuple[tuple[int, int], ...]] = defaultdict(tuple)
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+                linear[name.rpartition(".")[2]] += ((module.in_features, module.out_features),)
+        weights = [folder / name for name in weight_files(folder)]
+        # With the weights, all that decides how a text is read and how it is answered.
+        names = "config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|chat_template"
+        read = re.compile(rf"({names})\.(json|model|jinja)")
+        whole = hashlib.sha256()
+        for path in [*sorted(p for p in folder.iterdir() if read.fullmatch(p.name)), *weights]:
+            # A large file of the hub's cache is a link to a blob named after its SHA-256.
+            blob = path.resolve().name if path.is_symlink() else ""
+            known = blob if re.fullmatch("[0-9a-f]{64}", blob) else sha256_of(path)
+            whole.update(f"{path.name} {known}\n".encode())
+        # Beyond a sliding window, or beyond the positions that rotary factors change at (Phi-3
+        # 128k), an example alone and among others would differ.
+        limits = ("max_position_embeddings", "sliding_window", "original_max_position_embeddings")
+        return BaseModel(
+            name=str(folder) if Path(model_name).is_dir() else model_name, folder=folder,
+            digest=whole.hexdigest(), config=model.config, tokenizer=tokenizer, vocabulary=rows,
+            parameters=model.num_parameters(), linear=dict(linear),
+            file_bytes=sum(path.stat().st_size for path in weights),
+            positions=min(getattr(model.config, name, None) or 2**31 for name in limits),
+        )  # fmt: skip
 
 
 Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}
@@ -1491,14 +1476,13 @@ def generate(
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     settings |= {"eos_token_id": end, "pad_token_id": pad}
     padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    width = padded["input_ids"].shape[1]
     output = typing.cast("Any", model).generate(
         **padded.to(next(model.parameters()).device),
         generation_config=transformers.GenerationConfig(**settings),
         streamer=AnswerStream(tokenizer, on_text) if on_text else None,
     )
     answers = []
-    for ids in output[:, width:].tolist():
+    for ids in output[:, padded["input_ids"].shape[1] :].tolist():
         kept = ids[: ids.index(end)] if end in ids else ids
         answers.append(Answer(decode(tokenizer, kept), tuple(kept), end in ids))
     return answers
@@ -1842,11 +1826,15 @@ def adapter_weights(model: "PeftModel") -> "dict[str, Tensor]":
 def load_adapter_weights(model: "PeftModel", weights: "Mapping[str, Tensor] | Path") -> None:
     """Put an adapter's weights, or those of its file, into the model; they must fit it."""
     given = safetensors.torch.load_file(weights) if isinstance(weights, Path) else dict(weights)
-    theirs, ours = ({n: v.shape for n, v in w.items()} for w in (given, adapter_weights(model)))
-    if theirs != ours:
+    known = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    theirs, ours = ({(n, v.shape) for n, v in w.items()} for w in (given, known))
+    names = {name for name, _ in theirs ^ ours}
+    if names:
+        what = f"{len(names)} tensors have no counterpart ({min(names)}) of that name and shape."
         hint = "Rank, target modules and base model must be those it was trained with."
-        raise FineTuningError("The adapter's weights do not fit the model's names or shapes.", hint)
-    peft.set_peft_model_state_dict(model, given)
+        raise FineTuningError(what, hint)
+    # An empty base has an empty adapter, which these tensors replace.
+    peft.set_peft_model_state_dict(model, given, low_cpu_mem_usage=model.device.type == "meta")
 
 
 def pass_loss(model: "PeftModel", layout: Pass) -> "Tensor":
@@ -1886,11 +1874,10 @@ def mean_loss(model: "PeftModel", examples: "datasets.Dataset", budget: int, dev
 
 def plain_loss(model: Any, examples: Sequence[Example]) -> "Tensor":
     """Return the mean loss of examples as transformers computes it, in one padded batch."""
-    width = max(len(example["input_ids"]) for example in examples)
-    rows = [[*e["input_ids"], *[0] * (width - len(e["input_ids"]))] for e in examples]
-    labels = [[*labels_of(e), *[-100] * (width - len(e["input_ids"]))] for e in examples]
-    both = torch.tensor([rows, labels], device=model.device)
-    return typing.cast("Tensor", model(input_ids=both[0], labels=both[1], use_cache=False).loss)
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    ids = pad([torch.tensor(e["input_ids"]) for e in examples]).to(model.device)
+    labels = pad([torch.tensor(labels_of(e)) for e in examples], padding_value=-100).to(ids.device)
+    return typing.cast("Tensor", model(input_ids=ids, labels=labels, use_cache=False).loss)
 
 
 def prove_engine(model: "PeftModel", examples: "datasets.Dataset", device: str) -> None:
@@ -1954,10 +1941,9 @@ def weights_problem(path: Path) -> "str | None":
     try:
         if written and sha256_of(path) != written:
             return f"{path.name} is not the file that training saved (SHA-256 in {METRICS_FILE})"
-        with safetensors.safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - no dictionary
-                if not file.get_tensor(name).isfinite().all():
-                    return f"{path.name} holds NaN or infinite numbers ({name})"
+        for name, tensor in safetensors.torch.load_file(path).items():
+            if not tensor.isfinite().all():
+                return f"{path.name} holds NaN or infinite numbers ({name})"
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         return f"{path.name} is damaged: {first_line(error)}"
     return None
@@ -1991,18 +1977,13 @@ def open_adapter(folder: Path) -> AdapterFolder:
     return AdapterFolder(folder, str(base), settings, facts, prompt and str(prompt), weights)
 
 
-def attach_adapter(model: "PreTrainedModel", adapter: AdapterFolder, device: str) -> "PeftModel":
+def attach_adapter(model: "PreTrainedModel", adapter: AdapterFolder) -> "PeftModel":
     """Put the adapter on its base model; raise FineTuningError where the two do not fit."""
-    # Elsewhere low_cpu_mem_usage would round the weights to the base's dtype (PEFT 0.21).
-    how: Any = {"torch_device": device, "low_cpu_mem_usage": model.device.type == "meta"}
     what = f"The adapter in {adapter.path} does not fit the model {adapter.base_name}"
-    with library_errors(what, "Take the adapter_config.json of its own training."):
-        tuned = peft.PeftModel.from_pretrained(model, str(adapter.path), **how)
-        with safetensors.safe_open(adapter.weights, framework="pt") as file:
-            known = peft.get_peft_model_state_dict(tuned, save_embedding_layers=False)
-            different = set(file.keys()) ^ set(known)
-        if different:
-            raise ValueError(f"{len(different)} tensors have no counterpart ({min(different)})")
+    with library_errors(what, "Take the adapter_config.json of its training.", FineTuningError):
+        shape = peft.LoraConfig.from_pretrained(str(adapter.path))
+        tuned = peft.PeftModelForCausalLM(model, shape)
+        load_adapter_weights(tuned, adapter.weights)
     return tuned
 
 
@@ -4510,7 +4491,7 @@ def prove_adapter(model: "PeftModel", data: PreparedData, folder: Path) -> "dict
         empty_device_cache(device)
         plain = load_base_model(data.base, device, dtype)
         try:
-            fresh = attach_adapter(plain, open_adapter(folder), device).eval()
+            fresh = attach_adapter(plain, open_adapter(folder)).eval()
         except FineTuningError as error:
             raise FineTuningError(FAILED_TEST + str(error), again) from error
         found, logits = adapter_weights(fresh), probe_logits(fresh, examples)
@@ -5015,7 +4996,7 @@ def chat(config: FineTuningConfig, options: ChatOptions) -> None:
         else:
             adapter = open_adapter(folder)
             base, system = open_adapter_base(adapter, config.model_name), adapter.system_prompt
-            model = attach_adapter(load_base_model(base, device, dtype), adapter, device).eval()
+            model = attach_adapter(load_base_model(base, device, dtype), adapter).eval()
     system = system if config.system_prompt is None else config.system_prompt
     system = None if options.no_system_prompt else system
     conversation = Conversation(model, base, options, config.seed, system)
@@ -5049,7 +5030,7 @@ class MergedModel(NamedTuple):
 
 def open_merged_model(adapter: AdapterFolder, base: BaseModel) -> MergedModel:
     """Find every tensor of the base and of the adapter, and prove that they fit."""
-    tuned = attach_adapter(read_empty_model(base.folder), adapter, "cpu")
+    tuned = attach_adapter(read_empty_model(base.folder), adapter)
     scales = {
         name.removeprefix("base_model.model.") + ".weight": module.scaling["default"]
         for name, module in tuned.named_modules()
