@@ -1153,7 +1153,12 @@ def find_base_folder(model_name: str) -> Path:
     folder = Path(model_name)
     if folder.is_dir():
         return folder.resolve()
-    cache = Path(huggingface_hub.constants.HF_HUB_CACHE, "models--" + model_name.replace("/", "--"))
+    client = huggingface_hub.errors.HfHubHTTPError.__bases__[0].__module__.split(".")[0]
+    http = sys.modules[client]  # requests, httpx(2)
+    # No network, a refusal, odd proxies and addresses, pages that only look like an answer.
+    trouble = (*FOREIGN_ERRORS, http.HTTPError, getattr(http, "InvalidURL", ValueError))
+    name = "models--" + model_name.replace("/", "--")
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE) / name
     latest = [path.read_text().strip() for path in cache.glob("refs/main")]
     whole = [path for path in cache.glob("snapshots/*") if not model_problem(path)]
     whole.sort(key=lambda path: (path.name not in latest, -path.stat().st_mtime))
@@ -1166,9 +1171,7 @@ def find_base_folder(model_name: str) -> Path:
     files["ignore_patterns"] = ["*/*", "consolidated*"]  # the same weights in other formats
     try:
         return Path(huggingface_hub.snapshot_download(model_name, **files))
-    except Exception as error:
-        # No network, a refusal, odd proxies and addresses, pages that only look like an answer:
-        # some are errors of the hub's HTTP client (requests or httpx), which have no common base.
+    except trouble as error:
         said = shorten(str(error) or type(error).__name__, 300)
         if whole:
             log.warning("  the hub cannot be asked (%s): using %s", said, whole[0])
@@ -1225,9 +1228,10 @@ def load_tokenizer(folder: Path) -> "Tokenizer":
     hint = "Choose a base with a whole tokenizer.json."
     with library_errors(f"The tokenizer in {folder} cannot be used", hint, Exception):
         # transformers 5's AutoTokenizer rebuilds Llama's, and then splits the text after </s> anew.
-        whole = (folder / "tokenizer.json").is_file()
-        kind: Any = getattr(transformers, "PreTrainedTokenizerFast" if whole else "AutoTokenizer")
-        tokenizer: Tokenizer = kind.from_pretrained(folder, trust_remote_code=False)
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
             raise ValueError("it exists in Python only, not as a tokenizer.json")
         if tokenizer.eos_token_id is None:
@@ -1826,15 +1830,11 @@ def adapter_weights(model: "PeftModel") -> "dict[str, Tensor]":
 def load_adapter_weights(model: "PeftModel", weights: "Mapping[str, Tensor] | Path") -> None:
     """Put an adapter's weights, or those of its file, into the model; they must fit it."""
     given = safetensors.torch.load_file(weights) if isinstance(weights, Path) else dict(weights)
-    known = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    theirs, ours = ({(n, v.shape) for n, v in w.items()} for w in (given, known))
-    names = {name for name, _ in theirs ^ ours}
-    if names:
-        what = f"{len(names)} tensors have no counterpart ({min(names)}) of that name and shape."
+    theirs, ours = ({n: v.shape for n, v in w.items()} for w in (given, adapter_weights(model)))
+    if theirs != ours:
         hint = "Rank, target modules and base model must be those it was trained with."
-        raise FineTuningError(what, hint)
-    # An empty base has an empty adapter, which these tensors replace.
-    peft.set_peft_model_state_dict(model, given, low_cpu_mem_usage=model.device.type == "meta")
+        raise FineTuningError("The adapter's weights do not fit the model's names or shapes.", hint)
+    peft.set_peft_model_state_dict(model, given)
 
 
 def pass_loss(model: "PeftModel", layout: Pass) -> "Tensor":
@@ -1977,13 +1977,18 @@ def open_adapter(folder: Path) -> AdapterFolder:
     return AdapterFolder(folder, str(base), settings, facts, prompt and str(prompt), weights)
 
 
-def attach_adapter(model: "PreTrainedModel", adapter: AdapterFolder) -> "PeftModel":
+def attach_adapter(model: "PreTrainedModel", adapter: AdapterFolder, device: str) -> "PeftModel":
     """Put the adapter on its base model; raise FineTuningError where the two do not fit."""
+    # Elsewhere low_cpu_mem_usage would round the weights to the base's dtype (PEFT 0.21).
+    how: Any = {"torch_device": device, "low_cpu_mem_usage": model.device.type == "meta"}
     what = f"The adapter in {adapter.path} does not fit the model {adapter.base_name}"
-    with library_errors(what, "Take the adapter_config.json of its training.", FineTuningError):
-        shape = peft.LoraConfig.from_pretrained(str(adapter.path))
-        tuned = peft.PeftModelForCausalLM(model, shape)
-        load_adapter_weights(tuned, adapter.weights)
+    with library_errors(what, "Take the adapter_config.json of its own training."):
+        tuned = peft.PeftModel.from_pretrained(model, str(adapter.path), **how)
+        with safetensors.safe_open(adapter.weights, framework="pt") as file:
+            known = peft.get_peft_model_state_dict(tuned, save_embedding_layers=False)
+            different = set(file.keys()) ^ set(known)
+        if different:
+            raise ValueError(f"{len(different)} tensors have no counterpart ({min(different)})")
     return tuned
 
 
@@ -4491,7 +4496,7 @@ def prove_adapter(model: "PeftModel", data: PreparedData, folder: Path) -> "dict
         empty_device_cache(device)
         plain = load_base_model(data.base, device, dtype)
         try:
-            fresh = attach_adapter(plain, open_adapter(folder)).eval()
+            fresh = attach_adapter(plain, open_adapter(folder), device).eval()
         except FineTuningError as error:
             raise FineTuningError(FAILED_TEST + str(error), again) from error
         found, logits = adapter_weights(fresh), probe_logits(fresh, examples)
@@ -4996,7 +5001,7 @@ def chat(config: FineTuningConfig, options: ChatOptions) -> None:
         else:
             adapter = open_adapter(folder)
             base, system = open_adapter_base(adapter, config.model_name), adapter.system_prompt
-            model = attach_adapter(load_base_model(base, device, dtype), adapter).eval()
+            model = attach_adapter(load_base_model(base, device, dtype), adapter, device).eval()
     system = system if config.system_prompt is None else config.system_prompt
     system = None if options.no_system_prompt else system
     conversation = Conversation(model, base, options, config.seed, system)
@@ -5030,7 +5035,7 @@ class MergedModel(NamedTuple):
 
 def open_merged_model(adapter: AdapterFolder, base: BaseModel) -> MergedModel:
     """Find every tensor of the base and of the adapter, and prove that they fit."""
-    tuned = attach_adapter(read_empty_model(base.folder), adapter)
+    tuned = attach_adapter(read_empty_model(base.folder), adapter, "cpu")
     scales = {
         name.removeprefix("base_model.model.") + ".weight": module.scaling["default"]
         for name, module in tuned.named_modules()
