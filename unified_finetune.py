@@ -2346,11 +2346,10 @@ def plan_memory(
         return fixed + activation_bytes(base, device, dtype, tokens, longest, recompute=again)
 
     total, limit = machine_memory(device)
-    plans, floor = [(granted, recompute == "on")], max(256, longest)  # smaller passes are slow
-    while plans[-1][0] // 2 >= floor:
-        plans.append((plans[-1][0] // 2, recompute == "on"))
-    plans += [(plans[-1][0], True)] if recompute == "auto" else []
-    budget, again = next((plan for plan in plans if estimate(*plan) <= limit), plans[-1])
+    budget, again, floor = granted, recompute == "on", max(256, longest)  # smaller passes are slow
+    while estimate(budget, again) > limit and budget // 2 >= floor:
+        budget //= 2
+    again = again or (recompute == "auto" and estimate(budget, again) > limit)
     peak = estimate(budget, again)
     fits = peak <= limit
     if device == "cpu" and abs(base.file_bytes - weights) > 0.1 * weights:
@@ -2372,32 +2371,27 @@ def self_test_models(device: str, dtype: str, seed: int, vocabulary: int) -> "li
     sizes: Any = {"vocab_size": vocabulary, "hidden_size": 128, "intermediate_size": 256}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     models: list[Any] = []
+    lora: Any = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "init_lora_weights": False}
+    lora["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     for place, width in (("cpu", "float32"), (device, dtype)):
         torch.manual_seed(seed)
         config = transformers.LlamaConfig(**sizes, initializer_range=0.05)
-        base: Any = transformers.LlamaForCausalLM(config)
+        base: Any = transformers.LlamaForCausalLM(config).to(getattr(torch, width))
         base.get_input_embeddings().weight.data *= 4
-        shape: Any = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1}
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-        model = peft.get_peft_model(base, peft.LoraConfig(target_modules=targets, **shape))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.05)
-            elif "lora_A" not in name:
-                parameter.data = parameter.data.to(getattr(torch, width))
+        model = peft.get_peft_model(base, peft.LoraConfig(**lora))
         base.get_input_embeddings().weight.requires_grad_(True)  # its gradient is that of the input
         models.append(model.to(place).eval())
+    load_adapter_weights(models[1], adapter_weights(models[0]))  # not rounded to the base's dtype
     install_engine(models[1])
     return models
 
 
 def step_of_adamw(model: Any, other: Any, device: str) -> "list[Tensor]":
     """Return the adapter after a step along the clipped gradients of another model."""
-    both = zip(model.named_parameters(), other.parameters(), strict=True)
-    pairs = [(p, q.grad) for (name, p), q in both if q.grad is not None and "lora" in name]
-    for parameter, gradient in pairs:
-        parameter.grad = gradient.to(parameter.device)
-    moved = [parameter for parameter, _ in pairs]
+    both = ([p for n, p in m.named_parameters() if "lora" in n] for m in (model, other))
+    moved, others = both
+    for parameter, its in zip(moved, others, strict=True):
+        parameter.grad = its.grad.to(parameter.device)
     torch.nn.utils.clip_grad_norm_(moved, 0.01)
     torch.optim.AdamW(moved, lr=0.01, fused=device == "mps" or None).step()
     return [parameter.detach().cpu() for parameter in moved]
