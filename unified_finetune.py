@@ -2275,20 +2275,8 @@ class MemoryPlan(NamedTuple):
     budget: int  # tokens of a forward pass
     recompute: bool  # activations
     peak: int  # bytes
-    fits: bool  # into what a run may take
+    fits: bool  # into what a run may take, or on a CPU into all of the memory
     reason: str
-
-
-def machine_memory(device: str) -> "tuple[int, float]":
-    """Return the bytes that the device has in all, and those of them that a run may take."""
-    if device == "cuda":
-        total = torch.cuda.get_device_properties(0).total_memory
-        return total, 0.8 * total
-    total = psutil.virtual_memory().total
-    # Beyond Metal's limit, small Macs swap for hours instead of refusing; its buffers do not fit
-    # seamlessly into its heaps.
-    most = torch.mps.recommended_max_memory() - 1_500_000_000 if device == "mps" else total
-    return total, min(0.8 * total, most)
 
 
 def activation_bytes(
@@ -2332,17 +2320,22 @@ def plan_memory(
         tokens = min(budget, most)
         return fixed + activation_bytes(base, device, dtype, tokens, longest, recompute=again)
 
-    total, limit = machine_memory(device)
-    plans, floor = [(granted, recompute == "on")], max(256, longest)  # smaller passes are slow
-    while plans[-1][0] // 2 >= floor:
-        plans.append((plans[-1][0] // 2, recompute == "on"))
-    plans += [(plans[-1][0], True)] if recompute == "auto" else []
-    budget, again = next((plan for plan in plans if estimate(*plan) <= limit), plans[-1])
+    cuda = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else None
+    total = cuda or psutil.virtual_memory().total
+    limit = 0.8 * total  # what a run may take
+    if device == "mps":
+        # Beyond Metal's limit, small Macs swap for hours instead of refusing; its buffers do not
+        # fit seamlessly into its heaps.
+        limit = min(limit, torch.mps.recommended_max_memory() - 1_500_000_000)
+    budget, again, floor = granted, recompute == "on", max(256, longest)  # smaller passes are slow
+    while estimate(budget, again) > limit and budget // 2 >= floor:
+        budget //= 2
+    again = again or (recompute == "auto" and estimate(budget, again) > limit)
     peak = estimate(budget, again)
-    fits = peak <= limit
     if device == "cpu" and abs(base.file_bytes - weights) > 0.1 * weights:
         # While it loads, the file's pages stand beside weights of another dtype.
         peak = max(peak, RUNTIME_BYTES + weights + base.file_bytes)
+    fits = peak <= (total if device == "cpu" else limit)
     reason = f"about {human_bytes(peak)} of this machine's {human_bytes(total)}"
     reason += f" ({granted} were granted)" * (budget < granted)
     return MemoryPlan(budget, again, peak, fits, reason)
@@ -2359,54 +2352,46 @@ def self_test_models(device: str, dtype: str, seed: int, vocabulary: int) -> "li
     sizes: Any = {"vocab_size": vocabulary, "hidden_size": 128, "intermediate_size": 256}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     models: list[Any] = []
+    lora: Any = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "init_lora_weights": False}
+    lora["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     for place, width in (("cpu", "float32"), (device, dtype)):
         torch.manual_seed(seed)
         config = transformers.LlamaConfig(**sizes, initializer_range=0.05)
-        base: Any = transformers.LlamaForCausalLM(config)
+        base: Any = transformers.LlamaForCausalLM(config).to(getattr(torch, width))
         base.get_input_embeddings().weight.data *= 4
-        shape: Any = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1}
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-        model = peft.get_peft_model(base, peft.LoraConfig(target_modules=targets, **shape))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.05)
-            elif "lora_A" not in name:
-                parameter.data = parameter.data.to(getattr(torch, width))
+        model = peft.get_peft_model(base, peft.LoraConfig(**lora))
         base.get_input_embeddings().weight.requires_grad_(True)  # its gradient is that of the input
         models.append(model.to(place).eval())
+    load_adapter_weights(models[1], adapter_weights(models[0]))  # not rounded to the base's dtype
     install_engine(models[1])
     return models
 
 
 def step_of_adamw(model: Any, other: Any, device: str) -> "list[Tensor]":
     """Return the adapter after a step along the clipped gradients of another model."""
-    both = zip(model.named_parameters(), other.parameters(), strict=True)
-    pairs = [(p, q.grad) for (name, p), q in both if q.grad is not None and "lora" in name]
-    for parameter, gradient in pairs:
-        parameter.grad = gradient.to(parameter.device)
-    moved = [parameter for parameter, _ in pairs]
+    moved, others = ([p for n, p in m.named_parameters() if "lora" in n] for m in (model, other))
+    for parameter, its in zip(moved, others, strict=True):
+        parameter.grad = its.grad.to(parameter.device)
     torch.nn.utils.clip_grad_norm_(moved, 0.01)
     torch.optim.AdamW(moved, lr=0.01, fused=device == "mps" or None).step()
     return [parameter.detach().cpu() for parameter in moved]
 
 
-def answers_within(
-    limit: float, plain: Any, tested: Any, device: str, world: Any
-) -> "Iterator[bool]":
-    """Tell of two prompts, the second one padded, whether only rounding parts a device's answers.
+def answers_within(limit: float, plain: Any, tested: Any, device: str, world: Any) -> bool:
+    """Tell whether only rounding parts a device's answers to two prompts, one of them padded.
 
     The CPU may find a likelier token than the chosen one by `limit` of its largest logit.
     """
     prompts = torch.tensor([[7, 1, 5, 9, 11, 8], [0, 0, 1, 5, 9, 12]])
     how: Any = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0}
+    mask = torch.nn.functional.pad((prompts > 0).long(), (0, 4), value=1)  # of the answers, too
     with torch.inference_mode():
         with world(), engine_off(tested):
-            mask, given = (prompts > 0).long().to(device), prompts.to(device)
-            said = tested.eval().generate(given, attention_mask=mask, **how).cpu()
-        for row, start in zip(said, (0, 2), strict=True):
-            logits = plain.eval()(input_ids=row[None, start:]).logits[0, 5 - start : -1]
-            chosen = logits.gather(1, row[6:, None])[:, 0]
-            yield bool((logits.amax(1) - chosen <= limit * logits.abs().amax(1)).all())
+            given = {"input_ids": prompts.to(device), "attention_mask": mask[:, :6].to(device)}
+            said = tested.eval().generate(**given, **how).cpu()
+        logits = plain.eval()(input_ids=said, attention_mask=mask).logits[:, 5:-1]
+    chosen = logits.gather(2, said[:, 6:, None])[..., 0]
+    return bool((logits.amax(2) - chosen <= limit * logits.abs().amax(2)).all())
 
 
 def find_fault(
@@ -2463,7 +2448,7 @@ def find_fault(
         gradient = step_of_adamw(tested, plain, device)
     if differ(gradient, step_of_adamw(plain, plain, "cpu"), 1e-4):
         return "a step of AdamW is not the CPU's"
-    answers_rightly = all(answers_within(3 * tolerance, plain, tested, device, world))
+    answers_rightly = answers_within(3 * tolerance, plain, tested, device, world)
     return "" if answers_rightly else "an answer is not the CPU's"
 
 
@@ -2504,13 +2489,12 @@ def self_test(device: str, dtype: str) -> "tuple[str | None, list[float]]":
     options: Any = {"capture_output": True, "text": True, "timeout": SELF_TEST_SECONDS}
     try:
         child = subprocess.run(command, check=False, **options)
-        if child.returncode:
-            raise ValueError
+        child.check_returncode()
         found = json.loads(child.stdout.splitlines()[-1])
         problem, seconds = found["problem"], found["seconds"]
     except subprocess.TimeoutExpired:
         return f"the self-test hung (no answer in {SELF_TEST_SECONDS} s)", []
-    except (ValueError, LookupError, TypeError):
+    except (subprocess.CalledProcessError, ValueError, LookupError, TypeError):
         log.debug("Self-test: %s", child.stderr)
         reason = (child.stderr.strip().splitlines() or ["it gave no answer"])[-1]
         return f"the self-test crashed (exit code {child.returncode}: {reason})", []
@@ -2559,9 +2543,8 @@ def check_device(wanted: str, dtype: str) -> "tuple[Check, str, str]":
         there, half, cpu = seconds
         times = f"a sample takes {there:.2f} s, {half:.2f} s in bf16, {cpu:.2f} s on the CPU"
         reason += f"; {times}"
-        is_faster = there >= 1.15 * half and cpu >= half
-        may_choose = wanted == "auto" and dtype == "float32"
-        if may_choose and is_faster and self_test(device, "bfloat16")[0] is None:
+        is_faster = dtype == "float32" and there >= 1.15 * half and cpu >= half
+        if wanted == "auto" and is_faster and self_test(device, "bfloat16")[0] is None:
             dtype, there = "bfloat16", half
         problem = f"it is slower here: {times}" if wanted == "auto" and cpu < there else None
     if problem and wanted == "auto" and device != "cpu":
@@ -2587,9 +2570,8 @@ def check_memory(
         if half.fits and self_test(device, "bfloat16")[0] is None:
             why = f"; bf16 is taken, since float32 needs {human_bytes(chosen.peak)}"
             chosen, dtype = half, "bfloat16"
-    fits = chosen.peak <= machine_memory(device)[0] if device == "cpu" else chosen.fits
     hint = "Try --bf16 (half the memory), or a smaller --max_seq_length."
-    outcome: Any = "ok" if fits else "warning"
+    outcome: Any = "ok" if chosen.fits else "warning"
     return Check("memory", outcome, f"{chosen.reason} at most{why}", hint), dtype
 
 
@@ -2629,14 +2611,8 @@ def environment_files() -> "list[Path]":
 
 def check_folders(output: Path, cache: Path, model_name: str) -> Iterator[Check]:
     """Check that both can be written, and that nothing would be replaced but a run's own files."""
-    problems = {}
-    for folder in (cache, output):
-        parent = existing_parent(folder)
-        try:
-            tempfile.TemporaryFile(dir=parent).close()
-        except OSError as error:
-            problems[folder] = f"{parent} cannot be written: {error.strerror}"
-    with contextlib.suppress(PermissionError):  # told already
+    foreign = list[str]()
+    with contextlib.suppress(PermissionError):  # told below
         ours = [c.name for c in output.glob("checkpoint-*") if (c / MANIFEST).is_file()]
         with contextlib.suppress(FineTuningError):
             ours += [QUALITY_FILE] if "quality_score" in read_json(output / QUALITY_FILE) else []
@@ -2646,12 +2622,17 @@ def check_folders(output: Path, cache: Path, model_name: str) -> Iterator[Check]
         foreign = [path.name for path in named if path.exists() and path.name not in ours]
         if output.resolve() == Path(model_name).resolve():
             foreign = ["the base model itself"]
-        if foreign:
-            problems[output] = f"{output} holds what no run wrote and this one would replace: "
-            problems[output] += ", ".join(foreign[:5])
     for name, folder in (("output_dir", output), ("cache_dir", cache)):
-        outcome: Any = "failed" if folder in problems else "ok"
-        told = problems.get(folder, f"{folder} can be written")
+        parent, problem = existing_parent(folder), ""
+        try:
+            tempfile.TemporaryFile(dir=parent).close()
+        except OSError as error:
+            problem = f"{parent} cannot be written: {error.strerror}"
+        if foreign and folder == output:
+            problem = f"{output} holds what no run wrote and this one would replace: "
+            problem += ", ".join(foreign[:5])
+        outcome: Any = "failed" if problem else "ok"
+        told = problem or f"{folder} can be written"
         yield Check(name, outcome, told, f"Give another folder with --{name}.")
     for path in environment_files():
         if path.stat().st_mode & 0o077:
@@ -2659,10 +2640,13 @@ def check_folders(output: Path, cache: Path, model_name: str) -> Iterator[Check]
             yield Check(".env", "warning", f"others can read {path}", hint)
 
 
-def check_disk(output: Path, cache: Path, least_gb: float, adapter: int, kept: int) -> Check:
-    """Check the free space, which `kept` checkpoints of an adapter must fit into, too."""
+def check_disk(config: FineTuningConfig, base: "BaseModel | None") -> Check:
+    """Check the free space, which the checkpoints must fit into, too."""
+    output, kept, least_gb = Path(config.output_dir), config.save_total_limit, config.min_disk_gb
+    adapter = base.adapter_parameters(config.lora_r, config.target_modules) if base else 0
     # Not where the hub's models lie: the base is whole by now, and no more is written there.
-    free, spare = (shutil.disk_usage(existing_parent(path)).free for path in (output, cache))
+    places = map(existing_parent, (output, Path(config.cache_dir)))
+    free, spare = (shutil.disk_usage(place).free for place in places)
     # Weights, the best ones so far and AdamW's two moments in fp32; one more than are kept, since
     # a checkpoint is written before the oldest is deleted; and the adapter itself.
     need = (kept + 1) * (adapter * 16 + 1_000_000) + adapter * 4
@@ -2674,14 +2658,13 @@ def check_disk(output: Path, cache: Path, least_gb: float, adapter: int, kept: i
     return Check("disk", "failed" if short else "ok", told, hint)
 
 
-def check_training(
-    base: BaseModel, targets: Sequence[str], length: int, resume: str, init_adapter: "str | None"
-) -> Iterator[Check]:
+def check_training(config: FineTuningConfig, base: BaseModel) -> Iterator[Check]:
     """Check what the settings ask of the base model, and what the run is to start from."""
-    unknown = ", ".join(name for name in targets if name not in base.linear)
+    unknown = ", ".join(name for name in config.target_modules if name not in base.linear)
     if unknown:
         hint = f"Choose --target_modules among {', '.join(base.linear)}."
         yield Check("adapter", "failed", f"the base model has no linear layers {unknown}", hint)
+    length, resume = config.max_seq_length, config.resume
     if length > base.positions:
         detail = f"max_seq_length is {length}, and the model sees {base.positions} tokens"
         yield Check("length", "warning", detail, "Longer rows will count as too long.")
@@ -2689,15 +2672,14 @@ def check_training(
     if problem:
         hint = "Name another one, or leave --resume out."
         yield Check("resume", "failed", f"{resume} is no checkpoint: {problem}", hint)
-    if init_adapter:
-        open_adapter(Path(init_adapter))
+    if config.init_adapter:
+        open_adapter(Path(config.init_adapter))
 
 
 def run_preflight(config: FineTuningConfig) -> PreflightReport:
     """Check everything a run needs and choose the device; raise once, with all that is wrong."""
-    output, cache, length = Path(config.output_dir), Path(config.cache_dir), config.max_seq_length
-    paths, names = each_of(config.data_path), each_of(config.dataset_name)
-    base, targets, device, dtype = None, config.target_modules, "", config.dtype
+    cache, paths, names = Path(config.cache_dir), each_of(config.data_path), config.dataset_name
+    base, device, dtype = None, "", config.dtype
     checks = [check_packages(config.report_to)]
 
     @contextlib.contextmanager
@@ -2710,24 +2692,21 @@ def run_preflight(config: FineTuningConfig) -> PreflightReport:
 
     if checks[0].outcome != "failed":  # the other checks need the packages
         quiet_libraries(datasets)
-        checks += check_folders(output, cache, config.model_name)
+        checks += check_folders(Path(config.output_dir), cache, config.model_name)
         with attempt("data" if paths else "R2 bucket"):
             bucket, prefix = config.r2_bucket_name, config.r2_data_prefix
-            checks.append(check_data(paths, names, bucket, prefix, cache))
+            checks.append(check_data(paths, each_of(names), bucket, prefix, cache))
         with attempt("base model"):
             base = open_base_model(config.model_name)
             where = f"{config.model_name} in {base.folder} ({human_bytes(base.file_bytes)})"
             checks.append(Check("base model", "ok", where))
         with attempt("disk"):
-            adapter = base.adapter_parameters(config.lora_r, targets) if base else 0
-            kept = config.save_total_limit
-            checks.append(check_disk(output, cache, config.min_disk_gb, adapter, kept))
+            checks.append(check_disk(config, base))
         with attempt("device"):
             check, device, dtype = check_device(config.device, dtype)
             checks.append(check)
         with attempt("init_adapter"):
-            start = (config.resume, config.init_adapter)
-            checks += check_training(base, targets, length, *start) if base else []
+            checks += check_training(config, base) if base else []
     if base and device:
         plan = functools.partial(plan_memory, base, config, device)
         check, dtype = check_memory(plan, device, dtype)
@@ -2876,7 +2855,7 @@ def fetch_dataset(config: FineTuningConfig) -> DatasetFile:
     paths, folder, files = each_of(config.data_path), Path(config.cache_dir), list[DatasetFile]()
     for path, size in zip(map(Path, paths), check_files(paths), strict=True):
         source = f"local file {shorten(str(path), 300)}"
-        log.info("%s, %s", source.capitalize(), human_bytes(size))
+        log.info("Taken: %s, %s", source, human_bytes(size))
         files.append(DatasetFile(path, size, None, sha256_of(path), source))
 
     def fetch() -> "list[DatasetFile]":
