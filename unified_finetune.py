@@ -3305,11 +3305,12 @@ class Row:
             self.notes["eaten_backslash"] = f"{name} holds {eaten[0]!a}"
         value = value.replace("\r\n", "\n")
         went = sorted(set(NEVER_TRAINED.findall(value)))
+        if not went:
+            return value
         codes = ", ".join(f"U+{ord(c):04X}" for c in went)
         if any("\ud800" <= c <= "\udfff" for c in went):
             raise RowError("undecodable", f"{name} holds half a character ({codes})")
-        if went:
-            self.notes["control_characters"] = f"{name} held {codes}"
+        self.notes["control_characters"] = f"{name} held {codes}"
         value = re.sub("[\0\ufeff]", "", value)
         return NEVER_TRAINED.sub(lambda m: "\n" if m[0] in "\v\f\r" else " ", value)
 
@@ -3383,7 +3384,8 @@ def encode_row(
     masked = sum(m["role"] == "assistant" for m in row.messages) - len(row.answers)
     said, asked, replies = list[str](), list[int](), list[int]()
     for place, message in enumerate(row.messages):
-        plain = unicodedata.normalize("NFKC", message["content"]).casefold()
+        plain = message["content"]
+        plain = (plain if plain.isascii() else unicodedata.normalize("NFKC", plain)).casefold()
         words = re.sub(r"\W+", " ", plain).strip() or plain
         if place in row.answers:
             asked.append(hash_of(*said))
